@@ -1,0 +1,126 @@
+// The native module `_cpu`: one table of addresses in, numbers out. The only file that knows pybind11; it includes
+// nothing of torch, so one build serves every version of it. Types and meaning: para_ext/_cpu.pyi.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "arena.h"
+#include "cpu/stages.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Table = py::array_t<int64_t, py::array::c_style>;    // [modules, COLUMNS]
+using Scales = py::array_t<double, py::array::c_style>;    // [modules]
+
+const para::Kernels& kernels_named(const std::string& isa) {
+    int count;
+    const para::Kernels* const* found = para::available_kernels(count);
+    for (int i = 0; i < count; ++i) {
+        if (isa.empty() || isa == found[i]->isa) return *found[i];
+    }
+    throw std::invalid_argument("ISA level '" + isa + "' is not built in or not supported by this machine");
+}
+
+para::DType dtype_of(int64_t code) {
+    if (code < 0 || code > 2) throw std::invalid_argument("dtype code " + std::to_string(code) + " is unknown");
+    return static_cast<para::DType>(code);
+}
+
+template <class T>
+T* pointer(int64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+std::vector<para::Problem> problems_of(const Table& table, const Scales& scales) {
+    if (table.ndim() != 2 || table.shape(1) != para::COLUMNS || scales.ndim() != 1 ||
+        scales.shape(0) != table.shape(0)) {
+        throw std::invalid_argument("the table must be [modules, " + std::to_string(para::COLUMNS) +
+                                    "] and the scales [modules]");
+    }
+    std::vector<para::Problem> problems;
+    problems.reserve(static_cast<size_t>(table.shape(0)));
+    for (py::ssize_t i = 0; i < table.shape(0); ++i) {
+        const int64_t* row = table.data(i, 0);
+        const int64_t r = row[para::RANK];
+        if (r < 1 || row[para::B_ROWS] < 1 || row[para::A_COLS] < 1 || row[para::NEW_RANK] < 0) {
+            throw std::invalid_argument("row " + std::to_string(i) + " of the table has an empty shape");
+        }
+        problems.push_back({
+            {pointer<const void>(row[para::B_DATA]), row[para::B_ROWS], r, row[para::B_ROW_STRIDE],
+             row[para::B_COL_STRIDE], dtype_of(row[para::B_DTYPE])},
+            {pointer<const void>(row[para::A_DATA]), r, row[para::A_COLS], row[para::A_ROW_STRIDE],
+             row[para::A_COL_STRIDE], dtype_of(row[para::A_DTYPE])},
+            scales.data()[i],
+            para::Core(pointer<void>(row[para::CORE]), r),
+            row[para::NEW_RANK],
+            pointer<void>(row[para::NEW_B]),
+            pointer<void>(row[para::NEW_A]),
+            dtype_of(row[para::NEW_DTYPE]),
+        });
+    }
+    return problems;
+}
+
+template <class Stage>
+auto run(Stage stage, const Table& table, const Scales& scales, int threads, const std::string& isa) {
+    const para::Kernels& kernels = kernels_named(isa);
+    const std::vector<para::Problem> problems = problems_of(table, scales);
+    py::gil_scoped_release release;
+    return stage(problems, kernels, threads);
+}
+
+py::array_t<int32_t> as_array(const std::vector<int32_t>& values) {
+    return py::array_t<int32_t>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::array_t<int32_t> run_cores(const Table& table, const Scales& scales, int threads, const std::string& isa) {
+    return as_array(run(para::cpu::cores, table, scales, threads, isa));
+}
+
+py::array_t<int32_t> run_svd(const Table& table, const Scales& scales, int threads, const std::string& isa) {
+    return as_array(run(para::cpu::svd, table, scales, threads, isa));
+}
+
+py::array_t<double> run_truncate(const Table& table, const Scales& scales, int threads, const std::string& isa) {
+    const std::vector<para::Certificate> certificates = run(para::cpu::truncate, table, scales, threads, isa);
+    py::array_t<double> out({static_cast<py::ssize_t>(certificates.size()), py::ssize_t{5}});
+    for (size_t i = 0; i < certificates.size(); ++i) {
+        const para::Certificate& c = certificates[i];
+        double* row = out.mutable_data(static_cast<py::ssize_t>(i), 0);
+        row[0] = c.lost;
+        row[1] = c.norm_b;
+        row[2] = c.norm_a;
+        row[3] = c.rounding_b;
+        row[4] = c.rounding_a;
+    }
+    return out;
+}
+
+py::list isa_levels() {
+    py::list names;
+    int count;
+    const para::Kernels* const* found = para::available_kernels(count);
+    for (int i = 0; i < count; ++i) names.append(found[i]->isa);
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    py::class_<para::Arena>(module, "Arena", py::buffer_protocol())
+        .def(py::init<size_t>(), py::arg("bytes"))
+        .def_buffer([](para::Arena& arena) {
+            return py::buffer_info(static_cast<uint8_t*>(arena.data()), static_cast<py::ssize_t>(arena.bytes()));
+        });
+    module.def("core_words", &para::Core::words, py::arg("rank"));
+    module.def("cores", &run_cores, py::arg("table"), py::arg("scales"), py::arg("threads"), py::arg("isa") = "");
+    module.def("svd", &run_svd, py::arg("table"), py::arg("scales"), py::arg("threads"), py::arg("isa") = "");
+    module.def("truncate", &run_truncate, py::arg("table"), py::arg("scales"), py::arg("threads"), py::arg("isa") = "");
+    module.def("isa_levels", &isa_levels);
+    module.attr("COLUMNS") = static_cast<int64_t>(para::COLUMNS);
+}

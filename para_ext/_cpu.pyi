@@ -1,0 +1,27 @@
+"""Types of the native core (csrc/bindings.cpp)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+COLUMNS: int
+
+class Arena:
+    """A zero-filled block of fresh memory, readable and writable through the buffer protocol."""
+
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def core_words(rank: int) -> int:
+    """8-byte words that a module of this rank needs in the workspace."""
+
+def cores(table: NDArray[np.int64], scales: NDArray[np.float64], threads: int, isa: str = "") -> NDArray[np.int32]:
+    """Stage 1. table [modules, COLUMNS], scales [modules] → per module 0, or 1 (2) if B (A) is not finite."""
+
+def svd(table: NDArray[np.int64], scales: NDArray[np.float64], threads: int, isa: str = "") -> NDArray[np.int32]:
+    """Stage 2 → sweeps per module, or -1 where Jacobi did not converge."""
+
+def truncate(table: NDArray[np.int64], scales: NDArray[np.float64], threads: int, isa: str = "") -> NDArray[np.float64]:
+    """Stage 3 → [modules, 5]: lost, norm_b, norm_a, rounding_b, rounding_a (csrc/problem.h, Certificate)."""
+
+def isa_levels() -> list[str]:
+    """Levels that were built in and that this machine runs, best first."""

@@ -1,0 +1,170 @@
+"""Backend `cpu`: the three stages in the native core, threads over modules.
+
+fp16, bf16 and fp32 factors are read where they lie. Cores too large for the native Jacobi, or that it did not converge
+on, are decomposed by torch.linalg, one at a time from single-threaded workers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import _cpu
+from ..certificate import UNIT_ROUNDOFF, difference
+from ..errors import ParaError
+from ..factors import LoraFactors
+from ..pool import map_single_threaded
+from . import Truncated
+
+NAME = "cpu"
+
+# Measured: above it torch.linalg.svd, pooled, overtakes the native Jacobi.
+LARGEST_NATIVE_RANK = 160
+
+ISA = os.environ.get("PARA_EXT_ISA", "")
+"""ISA level to use, one of `_cpu.isa_levels()`; empty for the best."""
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SLOT = 64  # bytes; every output starts on a cache line
+
+# Columns of the table (csrc/problem.h).
+_CORE, _NEW_RANK, _NEW_B, _NEW_A, _NEW_DTYPE = 11, 12, 13, 14, 15
+
+
+@dataclass(eq=False)
+class Cores:
+    """R_B, R_A, M, U, σ of every module in one workspace (layout: csrc/problem.h, Core), and its table."""
+
+    factors: tuple[LoraFactors, ...]
+    table: NDArray[np.int64]  # [modules, COLUMNS]
+    scales: NDArray[np.float64]  # [modules]
+    workspace: NDArray[np.float64]
+    offsets: list[int]  # of each module's core in the workspace, in 8-byte words
+
+    def block(self, module: int, index: int) -> NDArray[np.float64]:
+        """[r, r] view of R_B, R_A, M or U (index 0 … 3)."""
+        r = self.factors[module].rank
+        start = self.offsets[module] + index * r * r
+        return self.workspace[start : start + r * r].reshape(r, r)
+
+    def sigma(self, module: int) -> NDArray[np.float64]:
+        """[r] view of the singular values."""
+        r = self.factors[module].rank
+        start = self.offsets[module] + 4 * r * r
+        return self.workspace[start : start + r]
+
+    def beta(self, module: int) -> float:
+        """|scale|·‖B‖_F·‖A‖_F, the scale of all rounding errors."""
+        f = self.factors[module]
+        start = self.offsets[module] + 4 * f.rank * f.rank + f.rank
+        return abs(f.scale) * math.sqrt(self.workspace[start]) * math.sqrt(self.workspace[start + 1])
+
+
+def supports(factors: LoraFactors) -> bool:
+    """Whether this backend takes the module: data on the CPU, of at most 32 bits."""
+    return factors.A.device.type == "cpu" and factors.A.dtype in _DTYPE_CODES and factors.B.dtype in _DTYPE_CODES
+
+
+def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
+    """See `Backend.cores`."""
+    words = [_cpu.core_words(f.rank) for f in factors]
+    workspace = np.empty(sum(words) + 8, dtype=np.float64)
+    base = -workspace.ctypes.data % _SLOT // 8
+    offsets: list[int] = []
+    table = np.zeros((len(factors), _cpu.COLUMNS), dtype=np.int64)
+    for i, f in enumerate(factors):
+        offsets.append(base)
+        table[i, : _CORE + 1] = (
+            f.B.data_ptr(), f.m, *f.B.stride(), _DTYPE_CODES[f.B.dtype],
+            f.A.data_ptr(), f.n, *f.A.stride(), _DTYPE_CODES[f.A.dtype],
+            f.rank, workspace.ctypes.data + 8 * base,
+        )  # fmt: skip
+        base += words[i]
+    scales = np.array([f.scale for f in factors], dtype=np.float64)
+    for f, status in zip(factors, _cpu.cores(table, scales, threads, ISA).tolist(), strict=True):
+        if status:
+            raise ParaError(
+                f"module '{f.name}': {'B' if status == 1 else 'A'} holds a NaN or an infinity; "
+                "repair or retrain the adapter"
+            )
+    return Cores(tuple(factors), table, scales, workspace, offsets)
+
+
+def betas(cores: Cores) -> list[float]:
+    """See `Backend.betas`."""
+    return [cores.beta(i) for i in range(len(cores.factors))]
+
+
+def svd(cores: Cores, threads: int) -> list[list[float]]:
+    """See `Backend.svd`."""
+    factors = cores.factors
+    native = np.array([f.rank <= LARGEST_NATIVE_RANK for f in factors], dtype=bool)
+    sweeps = np.full(len(factors), -1, dtype=np.int32)
+    sweeps[native] = _cpu.svd(cores.table[native], cores.scales[native], threads, ISA)
+    large = [i for i, done in enumerate(sweeps.tolist()) if done < 0]
+
+    def decompose(i: int) -> None:
+        U, S, _ = torch.linalg.svd(torch.from_numpy(cores.block(i, 2)))
+        cores.block(i, 3)[:] = U.numpy()
+        cores.sigma(i)[:] = S.numpy()
+
+    map_single_threaded(decompose, large, threads)
+    return [cores.sigma(i)[: min(f.rank, f.m, f.n)].tolist() for i, f in enumerate(factors)]
+
+
+def truncate(
+    factors: Sequence[LoraFactors], cores: Cores, ranks: Sequence[int], dtypes: Sequence[torch.dtype], threads: int
+) -> list[Truncated]:
+    """See `Backend.truncate`."""
+    sizes = [
+        (k * f.m * dtype.itemsize, k * f.n * dtype.itemsize)
+        for f, k, dtype in zip(factors, ranks, dtypes, strict=True)
+    ]
+    arena = _cpu.Arena(sum(-(-size // _SLOT) * _SLOT for pair in sizes for size in pair))
+    table = cores.table.copy()
+    outputs: list[tuple[Tensor, Tensor]] = []
+    offset = 0
+    for i, (f, k, dtype) in enumerate(zip(factors, ranks, dtypes, strict=True)):
+        pair: list[Tensor] = []
+        for shape, size in (((f.m, k), sizes[i][0]), ((k, f.n), sizes[i][1])):
+            if size:
+                pair.append(torch.frombuffer(arena, dtype=dtype, count=shape[0] * shape[1], offset=offset).view(shape))
+            else:
+                pair.append(torch.empty(shape, dtype=dtype))
+            offset += -(-size // _SLOT) * _SLOT
+        table[i, _NEW_RANK:] = (k, pair[0].data_ptr(), pair[1].data_ptr(), _DTYPE_CODES[dtype])
+        outputs.append((pair[0], pair[1]))
+    certificates = _cpu.truncate(table, cores.scales, threads, ISA)
+
+    errors = []
+    remeasure = []
+    for i, (f, (lost, norm_b, norm_a, rounding_b, rounding_a)) in enumerate(
+        zip(factors, certificates.tolist(), strict=True)
+    ):
+        if ranks[i] == 0:
+            lost = float(np.linalg.norm(cores.sigma(i)))
+        measured = lost + norm_b * rounding_a + norm_a * rounding_b + rounding_a * rounding_b
+        # What a Gram matrix in fp64 can hide: perturbing BᵀB by c·r·u moves ‖BX‖ by up to √(c·r·u)·‖B‖‖X‖.
+        floor = math.sqrt(30 * f.rank * UNIT_ROUNDOFF) * cores.beta(i)
+        errors.append(measured + floor)
+        if floor > measured / 2:
+            remeasure.append(i)
+
+    def measure(i: int) -> float:
+        f = factors[i]
+        B, A = outputs[i]
+        return difference(f.B, f.A, f.scale, B, A)
+
+    for i, error in zip(remeasure, map_single_threaded(measure, remeasure, threads), strict=True):
+        errors[i] = min(errors[i], error)
+    return [
+        Truncated(B, A, errors[i], certificates[i, 3].item(), certificates[i, 4].item())
+        for i, (B, A) in enumerate(outputs)
+    ]

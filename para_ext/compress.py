@@ -1,0 +1,288 @@
+"""The public calls; each reads like the picture: read → decompose → plan → truncate → write, and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__
+from .backends import Truncated
+from .decomposition import Decomposition
+from .errors import ParaError
+from .factors import LoraFactors
+from .formats import PeftAdapter, read_adapter
+from .models import read_model
+from .plan import Plan
+from .report import GOOD_ENERGY, LOW_ENERGY, Report, megabytes, module_reports, undecided_components
+from .spectra import Spectra
+from .verification import Verification, compare
+
+Source = str | Path | nn.Module | Iterable[LoraFactors]
+Progress = Callable[[str], None]
+
+# The text that the safetensors header gets is padded to this length, so that `size` budgets can count it beforehand.
+_HEADER_TEXT = 512
+
+
+def decompose(
+    source: Source,
+    *,
+    adapter_name: str | None = None,
+    backend: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Decomposition:
+    """Decompose every module's ΔW = scale·B·A, without forming it.
+
+    Args:
+        source: an adapter folder, a live model with LoRA layers, or LoraFactors.
+        adapter_name: of a live model's adapters; the active one if None.
+        backend: "cpu" (native) or "torch"; the fastest that is installed and takes the factors if None.
+        device: where to work on an adapter folder: "auto", "cpu" or "cuda".
+        threads: how many to use; ``torch.get_num_threads()`` if None. Results don't depend on it.
+
+    Raises:
+        ParaError: the source is refused, naming what and why.
+    """
+    layout = None
+    if isinstance(source, nn.Module):
+        factors: Iterable[LoraFactors] = read_model(source, adapter_name).factors
+    elif isinstance(source, str | Path):
+        adapter = read_adapter(Path(source))
+        factors, layout = _moved(adapter.factors, device), adapter.layout(None, " " * _HEADER_TEXT)
+    else:
+        factors = source
+    decomposition = Decomposition(factors, backend, threads)
+    decomposition.spectra = Spectra(decomposition.spectra.modules, layout)
+    return decomposition
+
+
+def compress_model(
+    model: nn.Module,
+    *,
+    adapter_name: str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    **budget: Any,
+) -> Report:
+    """Compress the LoRA layers of a live model in place; on an error the model is as it was.
+
+    Build the optimizer afterwards: the factors are new parameters. ``save_pretrained`` then writes the small adapter.
+
+    Args:
+        model: a PeftModel, or any module with LoRA layers (loralib style too).
+        adapter_name: which adapter; the active one if None.
+        dtype: of the new factors; each module's own if None.
+        backend, threads: as for :func:`decompose`.
+        **budget: one budget, score and shaping, as for :func:`para_ext.plan.plan`; ``energy=0.95`` by default.
+
+    Raises:
+        ParaError: the model or the budget is refused, naming what and why.
+    """
+    start = time.perf_counter()
+    live = read_model(model, adapter_name)
+    decomposition = Decomposition(live.factors, backend, threads)
+    plan = decomposition.spectra.plan(**budget)
+    new = decomposition.truncate_certified(plan, dtype)
+    live.replace(_named(decomposition, new))
+    return _report(decomposition, plan, new, source=type(model).__name__, start=start)
+
+
+def compress_adapter(
+    source: str | Path,
+    out: str | Path,
+    *,
+    target: str = "peft",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    backend: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    keep: float | str | Sequence[float | str] | None = None,
+    **budget: Any,
+) -> Any:
+    """Compress an adapter folder into another one.
+
+    Args:
+        source: a PEFT adapter folder; it is never changed.
+        out: the folder to make; it is there whole or not at all. With several ``keep`` values, the folder for one
+            folder each: ``out/keep-0.25`` and so on.
+        target: the layout to write; "peft" has all scaling folded in (``lora_alpha == r``).
+        dtype: of the new factors; each module's own if None.
+        overwrite: replace an adapter that is at ``out``.
+        dry_run: plan and report, write nothing; errors in the report are then the predicted ones.
+        backend, device, threads: as for :func:`decompose`.
+        progress: called with a few words when a stage starts.
+        keep: the budget of that name, or several: one decomposition serves all.
+        **budget: another budget, score and shaping, as for :func:`para_ext.plan.plan`; ``energy=0.95`` by default.
+
+    Returns:
+        A Report, or a list of them where ``keep`` is a list.
+
+    Raises:
+        ParaError: refused, naming what and why; nothing was written (of several outputs, none after the failing one).
+    """
+    start = time.perf_counter()
+    say = progress or (lambda _: None)
+    source, out = Path(source), Path(out)
+    if target != "peft":
+        raise ParaError(f"target '{target}' is unknown; use peft")
+    keeps = list(keep) if isinstance(keep, list | tuple) else [keep]
+    if not keeps:
+        raise ParaError("keep is an empty list; give at least one fraction such as 0.25")
+    several = isinstance(keep, list | tuple)
+
+    say("reading")
+    adapter = read_adapter(source)
+    with ThreadPoolExecutor(1) as hasher:  # hashlib releases the GIL, so reading the file twice overlaps with work
+        digest = hasher.submit(_sha256, adapter.weights)
+        say(f"decomposing {len(adapter.factors)} modules")
+        decomposition = Decomposition(_moved(adapter.factors, device), backend, threads)
+        layout = adapter.layout(dtype, " " * _HEADER_TEXT)
+        spectra = Spectra(decomposition.spectra.modules, layout)
+        plans = [spectra.plan(**(budget if k is None else {**budget, "keep": k})) for k in keeps]
+        outs = [out / f"keep-{plan.value:g}" if several else out for plan in plans]
+        reports = []
+        for plan, folder in zip(plans, outs, strict=True):
+            if dry_run:
+                report = _report(decomposition, plan, None, source=str(source), start=start)
+                reports.append(_with_sizes(report, adapter, layout.bytes(plan.ranks)))
+                continue
+            say("truncating" if not several else f"truncating to {plan.value:g}")
+            new = decomposition.truncate_certified(plan, dtype)
+            report = _report(decomposition, plan, new, source=str(source), start=start)
+            report = replace(_with_sizes(report, adapter, layout.bytes(plan.ranks)), output=str(folder))
+            say(f"writing {folder}")
+            reports.append(_write(adapter, decomposition, new, folder, report, digest, overwrite))
+    return reports if several else reports[0]
+
+
+def verify(
+    adapter: str | Path | Iterable[LoraFactors],
+    compressed: str | Path | Iterable[LoraFactors],
+    *,
+    threads: int | None = None,
+) -> Verification:
+    """Measure ‖ΔW − ΔW'‖_F between two adapters of one base, module by module, on the tensors as they are stored.
+
+    Raises:
+        ParaError: one cannot be read, or they are not of the same base.
+    """
+    pair = [
+        tuple(read_adapter(Path(x)).factors) if isinstance(x, str | Path) else tuple(x) for x in (adapter, compressed)
+    ]
+    return compare(pair[0], pair[1], torch.get_num_threads() if threads is None else threads)
+
+
+def _moved(factors: Iterable[LoraFactors], device: str) -> Iterable[LoraFactors]:
+    if device in ("auto", "cpu"):
+        return factors
+    if device != "cuda":
+        raise ParaError(f"device '{device}' is unknown; use auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise ParaError("no CUDA device is available to PyTorch; use --device cpu")
+    return [replace(f, B=f.B.to(device), A=f.A.to(device)) for f in factors]
+
+
+def _named(decomposition: Decomposition, new: Sequence[Truncated]) -> list[LoraFactors]:
+    return [
+        LoraFactors(f.name, t.B, t.A, 1.0, f.group, f.min_rank)
+        for f, t in zip(decomposition.factors, new, strict=True)
+    ]
+
+
+def _report(
+    decomposition: Decomposition, plan: Plan, new: Sequence[Truncated] | None, *, source: str, start: float
+) -> Report:
+    spectra = decomposition.spectra
+    predicted = [plan.errors[module.name] for module in spectra.modules]
+    errors = predicted if new is None else [t.error for t in new]
+    notes = []
+    if any(f.min_rank for f in decomposition.factors):
+        notes.append(
+            "Modules with DoRA or a bias of their own keep rank ≥ 1; DoRA errors are those of B·A, not of the "
+            "normalised weight."
+        )
+    if plan.energy < LOW_ENERGY:
+        better = spectra.plan(energy=GOOD_ENERGY, score=plan.score)
+        fraction = -(-better.parameters_after * 1000 // better.parameters_before) / 1000
+        notes.append(f"Energy kept is below {LOW_ENERGY:.0%}; --keep {fraction:g} would give {GOOD_ENERGY:.0%}.")
+    if plan.unshaped_energy is not None and plan.unshaped_energy > plan.energy:
+        notes.append(f"Without shaping the same budget would keep {plan.unshaped_energy:.2%} of the energy.")
+    undecided = undecided_components(spectra, plan, decomposition.betas)
+    if undecided:
+        notes.append(
+            f"{len(undecided)} components are equal to the threshold within rounding; another backend may choose "
+            "others among them."
+        )
+    return Report(
+        plan=plan,
+        modules=module_reports(spectra, plan, errors),
+        source=source,
+        backends=decomposition.backends,
+        undecided=undecided,
+        notes=tuple(notes),
+        seconds=time.perf_counter() - start,
+        version=__version__,
+    )
+
+
+def _with_sizes(report: Report, adapter: PeftAdapter, size: int) -> Report:
+    foreign = sum(t.numel() * t.element_size() for t in adapter.foreign.values())
+    notes = report.notes
+    if foreign > size / 2:
+        notes += (
+            f"{megabytes(foreign)} of the file are not LoRA factors (heads and the like) and stay as they are.",
+        )
+    return replace(report, bytes_before=adapter.weights.stat().st_size, bytes_after=size, notes=notes)
+
+
+def _write(
+    adapter: PeftAdapter,
+    decomposition: Decomposition,
+    new: Sequence[Truncated],
+    folder: Path,
+    report: Report,
+    digest: Future[str],
+    overwrite: bool,
+) -> Report:
+    header = {
+        "version": __version__,
+        "source_sha256": digest.result(),
+        "budget": report.plan.budget,
+        "value": report.plan.value,
+        "score": report.plan.score,
+        "threshold": report.plan.threshold,
+        "energy": report.energy,
+        "error": report.error,
+    }
+    text = json.dumps(header).ljust(_HEADER_TEXT)
+    sidecar = {"source_sha256": digest.result(), **report.to_dict()}
+    factors = [
+        replace(f, B=f.B.cpu(), A=f.A.cpu()) if f.B.device.type != "cpu" else f for f in _named(decomposition, new)
+    ]
+    written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, overwrite=overwrite)
+    notes = report.notes
+    if written.left_out:
+        notes += (f"Not copied: {', '.join(written.left_out)}.",)
+    return replace(report, bytes_after=written.size, notes=notes)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""Decomposition: an adapter's factors and cores, ready to be planned (numbers) and truncated (new factors)."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .backends import Backend, Truncated
+from .certificate import difference
+from .errors import ParaError
+from .factors import LoraFactors, check_factors, dtype_name
+from .plan import Plan
+from .pool import map_single_threaded
+from .spectra import ModuleSpectrum, Spectra
+
+BACKENDS = ("cpu", "torch")
+
+
+class Decomposition:
+    """Spectra of every module's ΔW, and all that is needed to truncate at any ranks.
+
+    Made by :func:`para_ext.decompose`. The factors are referred to, not copied: they must not change meanwhile.
+
+    Attributes:
+        factors: the modules, in the order they were given.
+        spectra: their singular values and shapes; plan with ``spectra.plan(keep=0.25)``.
+        betas: per module |scale|·‖B‖_F·‖A‖_F, what rounding errors are relative to.
+    """
+
+    def __init__(
+        self, factors: Iterable[LoraFactors], backend: str | None = None, threads: int | None = None
+    ) -> None:
+        self.factors = check_factors(factors)
+        self.threads = torch.get_num_threads() if threads is None else threads
+        self._parts: list[tuple[Backend, list[int], Any]] = []
+        sigma: list[list[float]] = [[]] * len(self.factors)
+        self.betas = [0.0] * len(self.factors)
+        for stages, members in _assign(self.factors, backend):
+            cores = stages.cores([self.factors[i] for i in members], self.threads)
+            self._parts.append((stages, members, cores))
+            spectra = stages.svd(cores, self.threads)
+            for i, values, beta in zip(members, spectra, stages.betas(cores), strict=True):
+                sigma[i] = values
+                self.betas[i] = beta
+        self.spectra = Spectra(
+            tuple(
+                ModuleSpectrum(f.name, f.m, f.n, f.rank, tuple(values), f.group, f.min_rank)
+                for f, values in zip(self.factors, sigma, strict=True)
+            )
+        )
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends at work."""
+        return tuple(stages.NAME for stages, _, _ in self._parts)
+
+    def truncate(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | None = None) -> list[LoraFactors]:
+        """New factors at the plan's ranks, scale 1; see :meth:`truncate_certified`."""
+        return [
+            LoraFactors(f.name, t.B, t.A, 1.0, f.group, f.min_rank)
+            for f, t in zip(self.factors, self.truncate_certified(plan, dtype), strict=True)
+        ]
+
+    def truncate_certified(
+        self, plan: Plan | Mapping[str, int], dtype: torch.dtype | None = None
+    ) -> list[Truncated]:
+        """The best approximation of every ΔW at the plan's rank, with its error bound, in the order of ``factors``.
+
+        A module whose rank does not change keeps A bit for bit, and B becomes scale·B rounded once. Others are
+        balanced: √σ on both sides. Rank 0 gives B [m, 0] and A [0, n].
+
+        Args:
+            plan: a Plan, or a rank for every module's name.
+            dtype: of the new factors; each module's own if None (the wider one where A's and B's differ).
+
+        Raises:
+            ParaError: naming the module, if a value overflows ``dtype`` or too much of it is lost to subnormals.
+        """
+        ranks = self._ranks(plan.ranks if isinstance(plan, Plan) else plan)
+        results: list[Truncated | None] = [None] * len(self.factors)
+        unchanged = [i for i, f in enumerate(self.factors) if ranks[i] == f.rank]
+
+        def copy(i: int) -> Truncated:
+            return _fold_scale(self.factors[i], dtype)
+
+        for i, copied in zip(unchanged, map_single_threaded(copy, unchanged, self.threads), strict=True):
+            results[i] = copied
+        for stages, members, cores in self._parts:
+            # Unchanged modules go through as rank 0: the stage indexes its cores by position.
+            part_ranks = [0 if results[i] is not None else ranks[i] for i in members]
+            part = [self.factors[i] for i in members]
+            dtypes = [_output_dtype(f, dtype) for f in part]
+            for i, new in zip(members, stages.truncate(part, cores, part_ranks, dtypes, self.threads), strict=True):
+                if results[i] is None:
+                    results[i] = new
+        new_factors = [result for result in results if result is not None]
+        for i, new in enumerate(new_factors):
+            self._check_rounding(i, new)
+        return new_factors
+
+    def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
+        missing = [f.name for f in self.factors if f.name not in ranks]
+        if missing or len(ranks) != len(self.factors):
+            where = f"'{missing[0]}' has no rank" if missing else "it names modules that this adapter lacks"
+            raise ParaError(f"the plan is not for this adapter: {where}; plan with this decomposition's spectra")
+        return [ranks[f.name] for f in self.factors]
+
+    def _check_rounding(self, i: int, new: Truncated) -> None:
+        for which, rounding, tensor in (("B", new.rounding_B, new.B), ("A", new.rounding_A, new.A)):
+            if rounding == 0:
+                continue
+            name = dtype_name(tensor.dtype)
+            if not math.isfinite(rounding):
+                raise ParaError(
+                    f"module '{self.factors[i].name}': a value of the new {which} exceeds the range of {name}; "
+                    "write with a wider --dtype such as bf16 or fp32"
+                )
+            norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+            if rounding * rounding > 0.01 * (norm * norm + rounding * rounding):
+                raise ParaError(
+                    f"module '{self.factors[i].name}': over 1 % of the new {which}'s squared norm would be lost to "
+                    f"values too small for {name}; write with --dtype bf16 or fp32"
+                )
+
+
+def _assign(factors: Sequence[LoraFactors], wanted: str | None) -> list[tuple[Backend, list[int]]]:
+    """Backends, and the modules that each takes: `torch` whatever no other one does."""
+    if wanted is not None and wanted not in BACKENDS:
+        raise ParaError(f"backend '{wanted}' is unknown; use one of {', '.join(BACKENDS)}")
+    chosen: dict[str, list[int]] = {}
+    native = None if wanted == "torch" else native_backend(required=wanted == "cpu")
+    for i, f in enumerate(factors):
+        chosen.setdefault("cpu" if native is not None and native.supports(f) else "torch", []).append(i)
+    return [(importlib.import_module(f"{__package__}.backends.{name}"), members) for name, members in chosen.items()]
+
+
+def native_backend(required: bool = False) -> Any:
+    """The `cpu` backend's module, or None where the native core was not built.
+
+    Raises:
+        ParaError: if it is required and missing.
+    """
+    try:
+        return importlib.import_module(f"{__package__}.backends.cpu")
+    except ImportError as error:
+        if required:
+            raise ParaError(
+                f"the native core is not installed ({error}); reinstall with a C++ compiler and PARA_EXT_NATIVE=ON"
+            ) from error
+        return None
+
+
+def _output_dtype(f: LoraFactors, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None else torch.promote_types(f.A.dtype, f.B.dtype)
+
+
+def _fold_scale(f: LoraFactors, dtype: torch.dtype | None) -> Truncated:
+    """A as it is and scale·B: the rank does not change, so nothing is gained by touching more bits than that."""
+    scaled = f.B.to(torch.float64) * f.scale
+    B = scaled.to(dtype or f.B.dtype).contiguous()
+    A = f.A.to(dtype or f.A.dtype, copy=True).contiguous()
+    rounding_B = torch.linalg.vector_norm(B.to(torch.float64) - scaled).item()
+    rounding_A = torch.linalg.vector_norm(A.to(torch.float64) - f.A.to(torch.float64)).item()
+    power_of_two = abs(math.frexp(f.scale)[0]) == 0.5
+    if rounding_A == rounding_B == 0 and power_of_two:
+        error = 0.0
+    elif math.isfinite(rounding_A) and math.isfinite(rounding_B):
+        error = difference(f.B, f.A, f.scale, B, A)
+    else:
+        error = math.inf
+    return Truncated(B, A, error, *(x if math.isfinite(x) else math.inf for x in (rounding_B, rounding_A)))

@@ -1,0 +1,7 @@
+"""The one error that para_ext raises on purpose: a sentence that says what, where, and what to do."""
+
+from __future__ import annotations
+
+
+class ParaError(ValueError):
+    """A request or an input that para_ext refuses; the message is one sentence that names the remedy."""

@@ -1,0 +1,218 @@
+"""Writing a result whole or not at all: a folder appears under its name only when every byte of it is on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ParaError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+SIDECAR = "para_ext.json"
+_WRITTEN = (CONFIG, WEIGHTS, SIDECAR)
+_REPLACED = (*_WRITTEN, PICKLED)
+
+# What belongs to an adapter beside its weights: model card, licence, tokenizer, processor, chat template.
+_ALONG = (
+    "README.md", "LICENSE*", "NOTICE*",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "chat_template.json", "chat_template.jinja", "*.chat_template.jinja",
+)  # fmt: skip
+
+
+def write_folder(out: Path, write: Callable[[Path], None], *, overwrite: bool, source: Path) -> None:
+    """Let ``write`` fill a new folder beside ``out``, flush it to disk, and give it the name ``out``.
+
+    An interrupted call leaves one whole version: ``out`` itself, or, between two renames, the hidden folders
+    ``.<out>.<number>.old`` and ``.new``.
+
+    Args:
+        out: the folder to make; missing parents are made too.
+        write: fills the folder it is given.
+        overwrite: replace ``out`` if it holds an adapter and nothing that this tool would not write.
+        source: the adapter that is read; ``out`` may not be it, lie in it or hold it.
+
+    Raises:
+        ParaError: refused, or it could not be written; then nothing has changed.
+    """
+    with _one_line(out):
+        _check_apart(out, source)
+        replaces = os.path.lexists(out)
+        if replaces:
+            _check_replaceable(out, overwrite)
+        with _parents(out), _temporary(out) as (new, old):
+            write(new)
+            _flush(new)
+            if replaces:
+                out.rename(old)
+            try:
+                new.rename(out)
+                _flush_folder(out.parent)
+            except BaseException:
+                if not new.exists():
+                    out.rename(new)
+                if replaces:
+                    old.rename(out)
+                raise
+        if replaces:
+            _remove_old(out, old)
+
+
+def copy_along(source: Path, target: Path) -> list[str]:
+    """Copy model card, tokenizer, processor and chat-template files; regular files only, never links.
+
+    Returns:
+        The names in ``source`` that were left out, in order; the adapter's own files, which are written anew, are not
+        among them.
+    """
+    left_out = []
+    for path in sorted(source.iterdir()):
+        if path.name in _REPLACED:
+            continue
+        if path.is_file() and not path.is_symlink() and _goes_along(path.name):
+            shutil.copyfile(path, target / path.name)
+        else:
+            left_out.append(path.name)
+    return left_out
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors that share no memory; the same input gives the same bytes.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as e:
+        # The library reports the system's error only in its text: "... (os error 28)".
+        code = re.search(r"\(os error (\d+)\)", str(e))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from e
+    # The library writes a private temporary file and renames it; the folder's mode tells what the umask allows.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order, in place: the library keeps it in a randomly ordered map."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:
+            file.seek(8)
+            file.write(text)
+
+
+def _goes_along(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _ALONG)
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    to, origin = out.resolve(), source.resolve()
+    if to == origin:
+        raise ParaError(f"'{out}' is the adapter itself: give another folder for the result")
+    if to.is_relative_to(origin):
+        raise ParaError(f"'{out}' lies inside the adapter '{source}': give a folder outside it for the result")
+    if origin.is_relative_to(to):
+        raise ParaError(f"'{out}' holds the adapter '{source}': give another folder for the result")
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise ParaError(f"'{out}' exists: give a new folder, or --overwrite to replace the adapter in it")
+    if out.is_symlink() or not out.is_dir():
+        raise ParaError(f"'{out}' is not a folder, so --overwrite does not replace it: give another one")
+    entries = sorted(out.iterdir())
+    names = {path.name for path in entries}
+    if not {CONFIG, WEIGHTS} <= names:
+        raise ParaError(f"'{out}' holds no adapter, so --overwrite does not replace it: give another folder")
+    foreign = [path.name for path in entries if not _is_ours(path)]
+    if foreign:
+        shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
+        raise ParaError(f"'{out}' also holds {shown}, so --overwrite does not replace it: move that away first")
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and (path.name in _WRITTEN or _goes_along(path.name))
+
+
+@contextlib.contextmanager
+def _one_line(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ParaError(f"no space left to write '{out}': free some, or give a folder on another disk") from e
+        raise ParaError(f"'{out}' could not be written ({e.strerror or e}): give a folder that can be") from e
+
+
+@contextlib.contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Make the missing parents of ``out``, and take them back on failure."""
+    missing = [parent for parent in out.parents if not parent.exists()]
+    try:
+        for parent in reversed(missing):
+            parent.mkdir(exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _temporary(out: Path) -> Iterator[tuple[Path, Path]]:
+    """A new hidden folder beside ``out``, removed on failure, and a free name for the old one."""
+    stem = out.parent / f".{out.name[:100]}.{secrets.token_hex(4)}"
+    new, old = Path(f"{stem}.new"), Path(f"{stem}.old")
+    try:
+        new.mkdir()  # not tempfile.mkdtemp, which would ignore the umask
+        yield new, old
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _remove_old(out: Path, old: Path) -> None:
+    try:
+        shutil.rmtree(old)
+    except OSError as e:
+        raise ParaError(f"'{out}' is written, but what it replaced is still at '{old}': remove that folder") from e
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder, and needs no flush of one
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,527 @@
+"""plan: the pure function from spectra and one budget to a rank per module.
+
+Modules that share one rank form a *cell*: a single module, a group, or what ``uniform`` ties together. Component j of a
+cell is its members' j-th singular values; the components between two ranks that the cell may take form a *block*. All
+blocks stand in one order, highest score first, and a plan is a prefix of it. With single modules and the score σ that
+is the global rule of PARA (arXiv 2604.27796).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from decimal import ROUND_CEILING, Context, Decimal
+from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate, chain, zip_longest
+from numbers import Integral
+from typing import Any
+
+from .errors import ParaError
+from .naming import module_type, natural_key
+from .spectra import ModuleSpectrum, Spectra
+
+DEFAULT_ENERGY = 0.95
+_NUMBER = r"\d{1,40}(?:\.\d{0,40})?|\.\d{1,40}"
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component, or the first one of a block: ``sigma[index]`` of the cell that ``module`` is the first member of."""
+
+    module: str
+    index: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rank of every module, and what it is predicted to cost.
+
+    Attributes:
+        ranks: module name → rank, in the order of the spectra's modules; 0 drops the module.
+        budget, value: the budget that was asked for, as a number (``size`` in bytes); None when there was only shaping.
+        score: ``"sigma"`` or ``"density"``.
+        shaping: the shaping arguments that differ from their defaults.
+        threshold: score of the last block taken; None when ``rank`` was the budget or ``min_rank`` took all there is.
+        smallest_kept, largest_dropped: of the blocks that the shaping allows; None when there is none.
+        energy: Σσ² kept, as a fraction of the adapter's (1 when that is 0).
+        error: predicted ‖ΔW − ΔW'‖_F over all modules, the root of the dropped Σσ².
+        errors: the same per module.
+        parameters_before, parameters_after: elements of every A and B as written, zero padding included.
+        unshaped_energy, unshaped_parameters: what the same budget gives without shaping; None when nothing is shaped.
+    """
+
+    ranks: dict[str, int]
+    budget: str | None
+    value: float | int | None
+    score: str
+    shaping: dict[str, Any]
+    threshold: float | None
+    smallest_kept: Component | None
+    largest_dropped: Component | None
+    energy: float
+    error: float
+    errors: dict[str, float]
+    parameters_before: int
+    parameters_after: int
+    unshaped_energy: float | None
+    unshaped_parameters: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def plan(
+    spectra: Spectra,
+    *,
+    energy: float | str | None = None,
+    keep: float | str | None = None,
+    params: int | None = None,
+    size: int | str | None = None,
+    total_rank: int | None = None,
+    threshold: float | None = None,
+    rank: int | None = None,
+    score: str = "auto",
+    min_rank: int = 0,
+    max_rank: int | None = None,
+    multiple_of: int = 1,
+    allowed_ranks: Iterable[int] | None = None,
+    uniform: str | None = None,
+) -> Plan:
+    """Choose the ranks: the longest prefix of the order that fits the budget; for ``energy`` the shortest that does.
+
+    The order: score descending, ties by natural order of the module's name, then index. What ``min_rank`` asks for
+    comes first and is charged to the budget.
+
+    Args:
+        spectra: of the adapter.
+        energy: fraction of Σσ² to reach, 0.95 or "95%". Without budget and shaping it is 0.95.
+        keep: fraction of the adapter's LoRA parameters, 0.25 or "25%", read as the decimal it is written as.
+        params: number of LoRA parameters.
+        size: bytes of the written file, header and foreign tensors included; an int, "32MiB", "500kB".
+        total_rank: number of rank-1 components in all.
+        threshold: keep σ ≥ threshold.
+        rank: every module keeps its own top min(rank, r, m, n).
+        score: "sigma", "density" (σ² per parameter), or "auto": density for keep, params and size, else sigma.
+        min_rank: at least this rank, as far as a module has one.
+        max_rank: at most this rank.
+        multiple_of: ranks are multiples of this.
+        allowed_ranks: ranks are among these, or 0.
+        uniform: "all" gives every module one rank, "type" every module of one type.
+
+    Raises:
+        ParaError: for a budget that nothing fits, naming the smallest that something fits; for arguments out of range.
+    """
+    budgets = {
+        "energy": energy, "keep": keep, "params": params, "size": size,
+        "total_rank": total_rank, "threshold": threshold, "rank": rank,
+    }  # fmt: skip
+    shaping = _Shaping.checked(min_rank, max_rank, multiple_of, allowed_ranks, uniform)
+    budget = _Budget.checked(budgets, shaping.given, score)
+
+    order = _Order.of(spectra, shaping, budget)
+    taken = _prefix(order, budget)
+    _check_feasible(order, budget, taken)
+    kept = _Outcome.of(spectra, order.ranks(taken))
+    unshaped: _Outcome | None = None
+    if shaping.given:
+        free = _Order.of(spectra, _Shaping(), budget)
+        unshaped = _Outcome.of(spectra, free.ranks(_prefix(free, budget)))
+
+    scored = taken > order.mandatory and budget.name != "rank"
+    return Plan(
+        ranks=kept.ranks,
+        budget=budget.name,
+        value=float(budget.value) if isinstance(budget.value, Fraction) else budget.value,
+        score=budget.score,
+        shaping=shaping.given,
+        threshold=order.score[taken - 1] if scored else None,
+        smallest_kept=order.component(min(reversed(range(taken)), key=order.score.__getitem__, default=None)),
+        largest_dropped=order.component(max(range(taken, len(order)), key=order.score.__getitem__, default=None)),
+        energy=kept.energy,
+        error=kept.error,
+        errors=kept.errors,
+        parameters_before=spectra.parameters,
+        parameters_after=kept.parameters,
+        unshaped_energy=unshaped.energy if unshaped else None,
+        unshaped_parameters=unshaped.parameters if unshaped else None,
+    )
+
+
+# Arguments
+
+
+@dataclass(frozen=True)
+class _Shaping:
+    min_rank: int = 0
+    max_rank: int | None = None
+    multiple_of: int = 1
+    allowed_ranks: tuple[int, ...] | None = None
+    uniform: str | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        min_rank: int,
+        max_rank: int | None,
+        multiple_of: int,
+        allowed_ranks: Iterable[int] | None,
+        uniform: str | None,
+    ) -> _Shaping:
+        if uniform not in (None, "all", "type"):
+            raise ParaError(f"uniform={uniform!r} is unknown: give 'all' or 'type', or leave it out")
+        if allowed_ranks is not None:
+            if isinstance(allowed_ranks, str) or not isinstance(allowed_ranks, Iterable):
+                raise ParaError(f"allowed_ranks={allowed_ranks!r} is not a list of ranks: give one like [4, 8, 16]")
+            allowed_ranks = tuple(sorted({_whole("allowed_ranks", k, 0) for k in allowed_ranks} - {0}))
+            if not allowed_ranks:
+                raise ParaError("allowed_ranks holds no rank above 0: give one like [4, 8, 16]")
+        shaping = cls(
+            _whole("min_rank", min_rank, 0),
+            None if max_rank is None else _whole("max_rank", max_rank, 1),
+            _whole("multiple_of", multiple_of, 1),
+            allowed_ranks,
+            uniform,
+        )
+        most = min(shaping.max_rank or math.inf, max(allowed_ranks or [math.inf]))
+        if shaping.min_rank > most:
+            raise ParaError(f"min_rank={min_rank} is above {most}, the largest rank that is allowed: lower min_rank")
+        return shaping
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def ranks(self, available: int) -> Sequence[int]:
+        """The ranks above 0 that a cell with so many components may take, ascending."""
+        most = available if self.max_rank is None else min(available, self.max_rank)
+        if self.allowed_ranks is None:
+            return range(self.multiple_of, most + 1, self.multiple_of)
+        return [k for k in self.allowed_ranks if k <= most and k % self.multiple_of == 0]
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """A budget as a number (fractions exact), and the score that orders the blocks for it."""
+
+    name: str | None
+    value: Fraction | float | int | None
+    score: str
+
+    @classmethod
+    def checked(cls, budgets: dict[str, Any], shaped: object, score: str) -> _Budget:
+        given = [name for name, value in budgets.items() if value is not None]
+        if len(given) > 1:
+            raise ParaError(f"{' and '.join(given)} are given together: give one budget")
+        if score != "auto" and score not in _SCORES:
+            raise ParaError(f"score={score!r} is unknown: give 'auto', {' or '.join(map(repr, _SCORES))}")
+        if not given and not shaped:
+            given, budgets = ["energy"], {"energy": DEFAULT_ENERGY}
+        name = given[0] if given else None
+        if name == "threshold" and score != "auto":
+            raise ParaError(f"score={score!r} is given with threshold, which is always on sigma: leave score out")
+        if score == "auto":
+            score = "density" if name in ("keep", "params", "size") else "sigma"
+        return cls(name, _READERS[name](name, budgets[name]) if name else None, score)
+
+
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ParaError(f"{name}={value!r} is out of range: give a whole number of at least {least}")
+    return int(value)
+
+
+def _fraction(name: str, value: Any) -> Fraction:
+    """A fraction in (0, 1], exactly the decimal that the caller wrote."""
+    match = re.fullmatch(rf"\s*((?:{_NUMBER})(?:e-?\d{{1,3}})?)\s*(%?)\s*", str(value).lower())
+    fraction = Fraction(match[1]) / (100 if match[2] else 1) if match else Fraction(0)
+    if not 0 < fraction <= 1:
+        raise ParaError(f"{name}={value!r} is out of range: give a fraction above 0 and up to 1, like 0.25 or '25%'")
+    return fraction
+
+
+def _bytes(name: str, value: Any) -> int:
+    if not isinstance(value, str):
+        return _whole(name, value)
+    match = re.fullmatch(rf"\s*({_NUMBER})\s*([a-z]*)\s*", value.lower())
+    if not match or match[2] not in _UNITS:
+        raise ParaError(f"{name}={value!r} is not a size: give bytes, or a number and a unit, like '32MiB' or '500kB'")
+    return _whole(name, math.floor(Fraction(match[1]) * _UNITS[match[2]]))
+
+
+def _sigma(name: str, value: Any) -> float:
+    try:
+        sigma = float(value)
+    except (TypeError, ValueError, OverflowError):
+        sigma = math.nan
+    if isinstance(value, bool) or not 0 <= sigma < math.inf:
+        raise ParaError(f"{name}={value!r} is out of range: give a singular value, a number of at least 0")
+    return sigma
+
+
+_READERS: dict[str, Callable[[str, Any], Fraction | float | int]] = {
+    "energy": _fraction,
+    "keep": _fraction,
+    "params": _whole,
+    "size": _bytes,
+    "total_rank": _whole,
+    "threshold": _sigma,
+    "rank": _whole,
+}
+
+
+# The order
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Modules that share one rank, in natural order; a unit of rank costs all of them ``width`` parameters."""
+
+    members: tuple[ModuleSpectrum, ...]
+
+    @property
+    def name(self) -> str:
+        return self.members[0].name
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    @cached_property
+    def width(self) -> int:
+        return sum(m.m + m.n for m in self.members)
+
+    def gains(self, squares: Mapping[str, Sequence[float]]) -> Sequence[float]:
+        """Σσ² of each component; a member with fewer components than another counts as zero there."""
+        if self.size == 1:
+            return squares[self.name]
+        return [math.fsum(c) for c in zip_longest(*(squares[m.name] for m in self.members), fillvalue=0.0)]
+
+
+def _score_sigma(cell: _Cell, starts: Sequence[int], ranks: Sequence[int], gains: Sequence[float]) -> list[float]:
+    """Root mean square of each block's σ; for one component of one module σ itself, without a round trip."""
+    size, sigma = cell.size, cell.members[0].sigma
+    return [
+        sigma[start] if size * (rank - start) == 1 else math.sqrt(gain / (size * (rank - start)))
+        for start, rank, gain in zip(starts, ranks, gains, strict=True)
+    ]
+
+
+def _score_density(cell: _Cell, starts: Sequence[int], ranks: Sequence[int], gains: Sequence[float]) -> list[float]:
+    """Σσ² per parameter of each block."""
+    width = cell.width
+    return [gain / (width * (rank - start)) for start, rank, gain in zip(starts, ranks, gains, strict=True)]
+
+
+# A score sees a cell and, per block, the rank before it, the rank with it, and its Σσ².
+_SCORES = {"sigma": _score_sigma, "density": _score_density}
+
+
+@dataclass(frozen=True)
+class _Order:
+    """All blocks in the order in which they are taken, as columns: 50,000 objects would cost more than the sorting.
+
+    Attributes:
+        cells: in natural order.
+        mandatory: how many blocks at the front are what ``min_rank`` asks for.
+        score, cell, start, rank: [blocks] block i takes components ``start[i]`` to ``rank[i] - 1`` of cell ``cell[i]``.
+    """
+
+    spectra: Spectra
+    cells: list[_Cell]
+    mandatory: int
+    score: list[float]
+    cell: list[int]
+    start: list[int]
+    rank: list[int]
+
+    @classmethod
+    def of(cls, spectra: Spectra, shaping: _Shaping, budget: _Budget) -> _Order:
+        cells = _cells(spectra.modules, shaping.uniform)
+        score: list[float] = []
+        cell: list[int] = []
+        start: list[int] = []
+        rank: list[int] = []
+        first: list[int] = []
+        rest: list[int] = []
+        for number, members in enumerate(cells):
+            gains = members.gains(spectra.squares)
+            ranks = shaping.ranks(len(gains))
+            if not ranks:
+                raise ParaError(
+                    f"module '{members.name}' can take no rank from 1 to {len(gains)}, all it has: "
+                    "change multiple_of, allowed_ranks or max_rank so that one of these is allowed"
+                )
+            starts = [0, *ranks[:-1]]
+            if ranks[-1] == len(ranks):
+                gains = gains[: len(ranks)]
+            else:
+                gains = [math.fsum(gains[low:high]) for low, high in zip(starts, ranks, strict=True)]
+            least = max(shaping.min_rank, *(m.min_rank for m in members.members))
+            forced = bisect_left(ranks, min(least, ranks[-1])) + 1 if least else 0
+            first += range(len(score), len(score) + forced)
+            rest += range(len(score) + forced, len(score) + len(ranks))
+            # A block's mean can round above that of the block before it; within a cell the order is fixed.
+            score += accumulate(_SCORES[budget.score](members, starts, ranks, gains), min)
+            cell += [number] * len(ranks)
+            start += starts
+            rank += ranks
+        # Blocks stand in natural order here, and sorting is stable, so that is how ties end.
+        if budget.name == "rank":
+            rest.sort(key=rank.__getitem__)
+        else:
+            rest.sort(key=score.__getitem__, reverse=True)
+        order = first + rest
+        return cls(
+            spectra,
+            cells,
+            len(first),
+            [score[i] for i in order],
+            [cell[i] for i in order],
+            [start[i] for i in order],
+            [rank[i] for i in order],
+        )
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def ranks(self, taken: int) -> dict[str, int]:
+        """Ranks of all modules when the first ``taken`` blocks are kept."""
+        reached = dict(zip(self.cell[:taken], self.rank[:taken], strict=True))  # the last block of a cell wins
+        named = {m.name: reached.get(i, 0) for i, cell in enumerate(self.cells) for m in cell.members}
+        return {m.name: named[m.name] for m in self.spectra.modules}
+
+    def component(self, block: int | None) -> Component | None:
+        if block is None:
+            return None
+        return Component(self.cells[self.cell[block]].name, self.start[block], self.score[block])
+
+    def energy(self, taken: int) -> Fraction:
+        """Σσ² of the first ``taken`` blocks, correctly rounded."""
+        return Fraction(_kept(self.spectra, self.ranks(taken)))
+
+
+def _cells(modules: Sequence[ModuleSpectrum], uniform: str | None) -> list[_Cell]:
+    """Cells in natural order: groups and what ``uniform`` ties, merged where they overlap."""
+    parent: dict[object, object] = {}
+
+    def root(node: object) -> object:
+        while (above := parent.setdefault(node, node)) != node:
+            node = above
+        return node
+
+    def node_of(module: ModuleSpectrum) -> object:
+        return ("module", module.name) if module.group is None else ("group", module.group)
+
+    for module in modules:
+        if uniform is not None:
+            parent[root(node_of(module))] = root(("type", module_type(module.name) if uniform == "type" else None))
+    cells: defaultdict[object, list[ModuleSpectrum]] = defaultdict(list)
+    for module in sorted(modules, key=lambda m: natural_key(m.name)):
+        cells[root(node_of(module))].append(module)
+    return [_Cell(tuple(members)) for members in cells.values()]
+
+
+# The prefix
+
+
+def _prefix(order: _Order, budget: _Budget) -> int:
+    """How many blocks the budget takes; all of them when ``energy`` is out of reach."""
+    limit = budget.value
+    if limit is None:
+        return len(order)
+    if budget.name == "energy":
+        target = limit * Fraction(order.spectra.energy)
+        prefixes = range(order.mandatory, len(order))
+        return order.mandatory + bisect_left(prefixes, True, key=lambda taken: order.energy(taken) >= target)
+    if budget.name == "keep":
+        limit = math.floor(limit * order.spectra.parameters)
+    elif budget.name == "threshold":
+        limit = -limit
+    return bisect_right(range(len(order)), limit, key=_cost(order, budget.name))
+
+
+def _cost(order: _Order, budget: str | None) -> Callable[[int], float]:
+    """What the prefix that ends with block i costs, in the budget's unit; it never falls with i."""
+    costs: Iterable[float]
+    if budget == "size":
+        layout = order.spectra.layout
+        if layout is None:
+            raise ParaError("size is given, but these spectra come without the layout of a file: give params instead")
+        return lambda i: layout.bytes(order.ranks(i + 1))
+    if budget == "threshold":
+        costs = chain([-math.inf] * order.mandatory, (-score for score in order.score[order.mandatory :]))
+    elif budget == "rank":
+        costs = accumulate(order.rank, max)
+    else:
+        price = [cell.size if budget == "total_rank" else cell.width for cell in order.cells]
+        blocks = zip(order.cell, order.start, order.rank, strict=True)
+        costs = accumulate(price[cell] * (rank - start) for cell, start, rank in blocks)
+    return list(costs).__getitem__
+
+
+def _check_feasible(order: _Order, budget: _Budget, taken: int) -> None:
+    """Refuse a budget that not even the mandatory blocks fit, or without any the first; or an energy out of reach."""
+    if budget.value is None:
+        return
+    name, value = budget.name, budget.value
+    asked = f"{name}={float(value) if isinstance(value, Fraction) else value}"
+    if name == "energy":
+        kept, total = order.energy(taken), Fraction(order.spectra.energy)
+        if kept < value * total:
+            most = float(kept / total)
+            while Fraction(str(most)) * total > kept:
+                most = math.nextafter(most, 0)
+            raise ParaError(f"{asked} is more than the shaping allows: loosen it or ask for at most energy={most}")
+        return
+    least = max(order.mandatory, min(1, len(order)))
+    if taken >= least:
+        return
+    need = _cost(order, name)(least - 1)
+    if name == "threshold":
+        raise ParaError(f"{asked} is above every score, so nothing is kept: the largest feasible is threshold={-need}")
+    smallest = str(need)
+    if name == "keep":
+        share = Context(prec=6, rounding=ROUND_CEILING).divide(Decimal(need), Decimal(order.spectra.parameters))
+        if share > 1:
+            raise ParaError(
+                f"{asked} is too small, and so is any keep, because zero padding needs more parameters than "
+                f"there are: give params={need} or loosen the shaping"
+            )
+        smallest = f"{share.normalize():f}"
+    raise ParaError(f"{asked} is too small for this adapter and shaping: the smallest feasible is {name}={smallest}")
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What ranks keep and cost, predicted from the spectra."""
+
+    ranks: dict[str, int]
+    energy: float
+    error: float
+    errors: dict[str, float]
+    parameters: int
+
+    @classmethod
+    def of(cls, spectra: Spectra, ranks: dict[str, int]) -> _Outcome:
+        dropped = {name: squares[ranks[name] :] for name, squares in spectra.squares.items()}
+        return cls(
+            ranks,
+            _kept(spectra, ranks) / spectra.energy if spectra.energy else 1.0,
+            math.sqrt(math.fsum(chain.from_iterable(dropped.values()))),
+            {name: math.sqrt(math.fsum(squares)) for name, squares in dropped.items()},
+            sum(ranks[m.name] * (m.m + m.n) for m in spectra.modules),
+        )
+
+
+def _kept(spectra: Spectra, ranks: Mapping[str, int]) -> float:
+    """Σσ² that these ranks keep, correctly rounded."""
+    return math.fsum(chain.from_iterable(squares[: ranks[name]] for name, squares in spectra.squares.items()))

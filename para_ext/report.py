@@ -1,0 +1,227 @@
+"""Report: what a compression kept, what it cost, and the certificate of what was lost, per module and in all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .naming import module_type
+from .plan import Plan
+from .spectra import Spectra
+
+LOW_ENERGY = 0.90
+GOOD_ENERGY = 0.95
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module, before and after.
+
+    Attributes:
+        norm: ‖ΔW‖_F.
+        sigma_max: σ₁; smallest_kept, largest_dropped: the σ on either side of the cut (None where there is none).
+        error: upper bound of ‖ΔW − ΔW'‖_F for the tensors as stored; error_floor: no rank-k matrix can do better
+            (Eckart & Young 1936).
+        energy: Σσ² kept, as a fraction of the module's.
+    """
+
+    name: str
+    m: int
+    n: int
+    rank_before: int
+    rank_after: int
+    parameters_before: int
+    parameters_after: int
+    norm: float
+    sigma_max: float
+    smallest_kept: float | None
+    largest_dropped: float | None
+    error: float
+    error_floor: float
+    energy: float
+
+    @property
+    def type(self) -> str:
+        return module_type(self.name)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one compression.
+
+    Attributes:
+        plan: ranks, threshold and predicted error.
+        modules: per module, in the adapter's order.
+        bytes_before, bytes_after: of the tensor files; None for a live model.
+        undecided: components whose σ is so close to the cut that rounding decided (another backend may differ).
+        notes: what a user should know beyond the numbers, a sentence each.
+    """
+
+    plan: Plan
+    modules: tuple[ModuleReport, ...]
+    source: str
+    output: str | None = None
+    backends: tuple[str, ...] = ()
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    undecided: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    version: str = field(default="")
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module name → new rank."""
+        return self.plan.ranks
+
+    @property
+    def parameters_before(self) -> int:
+        return self.plan.parameters_before
+
+    @property
+    def parameters_after(self) -> int:
+        return self.plan.parameters_after
+
+    @property
+    def energy(self) -> float:
+        """Σσ² kept, as a fraction of the adapter's, before storage rounding."""
+        return self.plan.energy
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖_F over all modules."""
+        return math.sqrt(math.fsum(m.norm * m.norm for m in self.modules))
+
+    @property
+    def error(self) -> float:
+        """The certificate: an upper bound of ‖ΔW − ΔW'‖_F over all modules, storage rounding included."""
+        return math.sqrt(math.fsum(m.error * m.error for m in self.modules))
+
+    @property
+    def error_floor(self) -> float:
+        """The Eckart-Young lower bound of the error at these ranks."""
+        return math.sqrt(math.fsum(m.error_floor * m.error_floor for m in self.modules))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: what ``para_ext.json`` and ``--json`` hold."""
+        plan = self.plan.to_dict()
+        plan.pop("errors")  # the modules have them
+        return {
+            "version": self.version,
+            "source": self.source,
+            "output": self.output,
+            "backends": list(self.backends),
+            "seconds": self.seconds,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "norm": self.norm,
+            "energy": self.energy,
+            "error": self.error,
+            "error_floor": self.error_floor,
+            "undecided": list(self.undecided),
+            "notes": list(self.notes),
+            "plan": plan,
+            "modules": [asdict(m) for m in self.modules],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_dict` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def summary(self) -> str:
+        """One line: ranks, size before → after, energy kept, threshold, time."""
+        ranks = [m.rank_after for m in self.modules]
+        dropped = ranks.count(0)
+        parts = [
+            f"ranks {min(ranks, default=0)}–{max(ranks, default=0)}" + (f" ({dropped} dropped)" if dropped else ""),
+            f"{self.parameters_before:,} → {self.parameters_after:,} parameters"
+            + (f" ({self.parameters_after / self.parameters_before:.1%})" if self.parameters_before else ""),
+        ]
+        if self.bytes_before is not None and self.bytes_after is not None:
+            parts.append(f"{megabytes(self.bytes_before)} → {megabytes(self.bytes_after)}")
+        parts.append(f"energy kept {percent(self.energy)}")
+        if self.plan.threshold is not None:
+            parts.append(f"threshold {self.plan.threshold:.4g} ({'σ' if self.plan.score == 'sigma' else 'σ²/(m+n)'})")
+        parts.append(f"{self.seconds:.2f} s")
+        return ", ".join(parts)
+
+
+def module_reports(spectra: Spectra, plan: Plan, errors: Sequence[float]) -> tuple[ModuleReport, ...]:
+    """Join spectra, plan and certified errors, in the modules' order."""
+    reports = []
+    for module, error in zip(spectra.modules, errors, strict=True):
+        rank = plan.ranks[module.name]
+        squares = [s * s for s in module.sigma]
+        total, dropped = math.fsum(squares), math.fsum(squares[rank:])
+        cost = module.m + module.n
+        reports.append(
+            ModuleReport(
+                name=module.name,
+                m=module.m,
+                n=module.n,
+                rank_before=module.rank,
+                rank_after=rank,
+                parameters_before=module.rank * cost,
+                parameters_after=rank * cost,
+                norm=math.sqrt(total),
+                sigma_max=module.sigma[0],
+                smallest_kept=module.sigma[min(rank, len(module.sigma)) - 1] if rank else None,
+                largest_dropped=module.sigma[rank] if rank < len(module.sigma) else None,
+                error=error,
+                error_floor=math.sqrt(dropped),
+                energy=1 - dropped / total if total else 1.0,
+            )
+        )
+    return tuple(reports)
+
+
+def undecided_components(spectra: Spectra, plan: Plan, betas: Sequence[float]) -> tuple[str, ...]:
+    """Components on either side of the cut whose intervals of possible σ overlap, as ``module[index]``.
+
+    The intervals are the a-priori bounds of singular values from fp64 Gram matrices,
+    |δσ| ≤ min(30·r·u·(σ + β²/σ), √(30·r·u)·β) with β = |s|·‖A‖_F·‖B‖_F and u = 2⁻⁵³.
+    """
+    if plan.threshold is None or plan.budget == "rank" or plan.shaping:
+        return ()
+    kept: list[tuple[float, float, str]] = []
+    dropped: list[tuple[float, float, str]] = []
+    for module, beta in zip(spectra.modules, betas, strict=True):
+        if module.group is not None:
+            continue
+        rank = plan.ranks[module.name]
+        for index in (rank - 1, rank):  # σ is sorted: only the module's own neighbours of the cut can be in doubt
+            if 0 <= index < len(module.sigma):
+                low, high = _interval(module.sigma[index], module.rank, beta)
+                if plan.score == "density":
+                    low, high = low * low / (module.m + module.n), high * high / (module.m + module.n)
+                (kept if index < rank else dropped).append((low, high, f"{module.name}[{index}]"))
+    if not kept or not dropped:
+        return ()
+    lowest_kept, highest_dropped = min(low for low, _, _ in kept), max(high for _, high, _ in dropped)
+    doubtful = [name for low, _, name in kept if low <= highest_dropped]
+    doubtful += [name for _, high, name in dropped if high >= lowest_kept]
+    return tuple(doubtful) if len(doubtful) > 1 else ()
+
+
+def _interval(sigma: float, rank: int, beta: float) -> tuple[float, float]:
+    noise = 30 * rank * 2.0**-53
+    absolute = math.sqrt(noise) * beta
+    width = min(noise * (sigma + beta * beta / sigma), absolute) if sigma > 0 else absolute
+    return max(0.0, sigma - width), sigma + width
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people, in units of 10⁶ (or 10³) bytes."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.2f} kB"
+
+
+def percent(fraction: float) -> str:
+    """A fraction for people; never rounded up to 100 % when something was lost."""
+    text = f"{fraction:.2%}"
+    return "99.99%" if text == "100.00%" and fraction < 1 else text

@@ -1,0 +1,49 @@
+"""The list of backends that every numerical test runs on, and the ratios to their error bounds that the run ends with."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+BACKENDS = ("cpu", "torch")
+
+Record = Callable[[str, str, str, float], None]
+
+_worst = pytest.StashKey[dict[tuple[str, str], tuple[float, str]]]()
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Any:
+    """A module with the three stages; PARA_EXT_REQUIRE_NATIVE=1 makes a missing native core a failure."""
+    try:
+        return importlib.import_module(f"para_ext.backends.{request.param}")
+    except ImportError as error:
+        if os.environ.get("PARA_EXT_REQUIRE_NATIVE") == "1":
+            pytest.fail(f"backend {request.param}: {error}")
+        pytest.skip(f"backend {request.param} is not built here")
+
+
+@pytest.fixture(scope="session")
+def record(pytestconfig: pytest.Config) -> Record:
+    """``record(kind, backend, case, ratio)``: an error over its bound, in the units in which 30 is the limit."""
+    worst = pytestconfig.stash.setdefault(_worst, {})
+
+    def keep(kind: str, backend: str, case: str, ratio: float) -> None:
+        if ratio > worst.get((kind, backend), (-1.0, ""))[0]:
+            worst[kind, backend] = (ratio, case)
+
+    return keep
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
+    worst = config.stash.get(_worst, {})
+    if worst:
+        terminalreporter.section("worst error / bound (limit 30)")
+        for (kind, backend), (ratio, case) in sorted(worst.items()):
+            terminalreporter.line(f"{kind:24} {backend:6} {ratio:8.3g}  {case}")
+    return (yield)

@@ -1,0 +1,258 @@
+"""Folders are written whole or not at all, whatever fails on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+
+from para_ext.errors import ParaError
+from para_ext.formats import output
+from para_ext.formats.output import copy_along, write_folder, write_safetensors
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def fill(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        for name in ADAPTER:
+            (folder / name).write_text(text)
+
+    return write
+
+
+def content(folder: Path) -> str | None:
+    """The version that a folder holds whole, or None."""
+    texts = {(folder / name).read_text() if (folder / name).is_file() else None for name in ADAPTER}
+    return texts.pop() if len(texts) == 1 else None
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    fill("source")(folder)
+    return folder
+
+
+def test_a_new_folder_and_its_parents(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "a" / "b"
+    write_folder(out, fill("new"), overwrite=False, source=source)
+    assert content(out) == "new"
+    assert os.listdir(out.parent) == ["b"]
+    assert content(source) == "source"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
+def test_permissions_are_those_of_the_umask(tmp_path: Path, source: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_folder(
+            tmp_path / "out",
+            lambda folder: write_safetensors(folder / ADAPTER[1], {"x": torch.zeros(1)}, {}),
+            overwrite=False,
+            source=source,
+        )
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "out" / ADAPTER[1]).stat().st_mode) == 0o640
+
+
+def test_an_existing_folder_is_refused_or_replaced(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    write_folder(out, fill("old"), overwrite=False, source=source)
+    (out / "README.md").write_text("card")
+    with pytest.raises(ParaError, match="exists: give a new folder, or --overwrite"):
+        write_folder(out, fill("new"), overwrite=False, source=source)
+    assert content(out) == "old"
+    write_folder(out, fill("new"), overwrite=True, source=source)
+    assert sorted(os.listdir(out)) == sorted(ADAPTER)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "out"]
+
+
+@pytest.mark.parametrize("extra", ["optimizer.pt", "adapter_model.bin", "checkpoint-5/", "README.md -> link"])
+def test_overwrite_keeps_what_this_tool_would_not_write(tmp_path: Path, source: Path, extra: str) -> None:
+    out = tmp_path / "out"
+    write_folder(out, fill("old"), overwrite=False, source=source)
+    name = extra.split(" ")[0].rstrip("/")
+    if extra.endswith("/"):
+        (out / name).mkdir()
+    elif extra.endswith("link"):
+        (out / name).symlink_to(source / ADAPTER[0])
+    else:
+        (out / name).write_text("precious")
+    with pytest.raises(ParaError, match=f"also holds {name}.*move that away"):
+        write_folder(out, fill("new"), overwrite=True, source=source)
+    assert content(out) == "old"
+    assert (out / name).exists()
+
+
+def test_overwrite_replaces_adapters_only(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ParaError, match="holds no adapter"):
+        write_folder(tmp_path / "notes", fill("new"), overwrite=True, source=source)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ParaError, match="is not a folder"):
+        write_folder(tmp_path / "file", fill("new"), overwrite=True, source=source)
+    other = tmp_path / "other"
+    write_folder(other, fill("old"), overwrite=False, source=source)
+    (tmp_path / "link").symlink_to(other)
+    with pytest.raises(ParaError, match="is not a folder"):
+        write_folder(tmp_path / "link", fill("new"), overwrite=True, source=source)
+    assert content(other) == "old"
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("adapter", "is the adapter itself"),
+        ("adapter/small", "lies inside"),
+        (".", "holds the adapter"),
+        ("link", "is the adapter itself"),
+        ("link/small", "lies inside"),
+        ("adapter/../adapter", "is the adapter itself"),
+    ],
+)
+def test_out_is_apart_from_the_adapter(tmp_path: Path, source: Path, out: str, words: str) -> None:
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(ParaError, match=words):
+        write_folder(tmp_path / out, fill("new"), overwrite=True, source=source)
+    assert content(source) == "source"
+    assert sorted(os.listdir(source)) == sorted(ADAPTER)
+
+
+STEPS = ("mkdir", "rename", "fsync", "rmdir", "unlink")
+
+
+def failing_at(step: int, fail: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the step-th system call that changes something fail; returns the calls made so far."""
+    calls: list[str] = []
+
+    def counted(name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            calls.append(name)
+            if len(calls) == step:
+                fail()
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    return calls
+
+
+def steps_of_an_overwrite(tmp_path: Path, source: Path) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        write_folder(tmp_path / "count", fill("old"), overwrite=False, source=source)
+        calls = failing_at(0, lambda: None, patch)
+        write_folder(tmp_path / "count", fill("new"), overwrite=True, source=source)
+    assert {"mkdir", "rename", "fsync", "rmdir"} <= set(calls)
+    return len(calls)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_failure_at_any_step_changes_nothing(tmp_path: Path, source: Path, code: int) -> None:
+    def fail() -> None:
+        raise OSError(code, os.strerror(code))
+
+    for step in range(1, steps_of_an_overwrite(tmp_path, source) + 1):
+        out = tmp_path / str(step) / "out"
+        write_folder(out, fill("old"), overwrite=False, source=source)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = failing_at(step, fail, patch)
+            with pytest.raises(ParaError) as refusal:
+                write_folder(out, fill("new"), overwrite=True, source=source)
+            failed = calls[step - 1]
+        if failed in ("rmdir", "unlink"):  # of the old version, when the new one is in place
+            assert "is written" in str(refusal.value)
+            assert content(out) == "new"
+        else:
+            assert ("no space left" if code == errno.ENOSPC else "could not be written") in str(refusal.value)
+            assert content(out) == "old"
+            assert os.listdir(out.parent) == ["out"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a crash is tried in a forked process")
+def test_a_crash_at_any_step_leaves_one_whole_version(tmp_path: Path, source: Path) -> None:
+    for step in range(1, steps_of_an_overwrite(tmp_path, source) + 1):
+        out = tmp_path / str(step) / "out"
+        write_folder(out, fill("old"), overwrite=False, source=source)
+        child = os.fork()
+        if child == 0:
+            with pytest.MonkeyPatch.context() as patch:
+                failing_at(step, lambda: os._exit(3), patch)
+                write_folder(out, fill("new"), overwrite=True, source=source)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        folders = list(out.parent.iterdir())
+        assert {"old", "new"} & {content(folder) for folder in folders}
+        assert out in folders or any(folder.suffix == ".new" and content(folder) == "new" for folder in folders)
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path: Path, source: Path) -> None:
+    def write(folder: Path) -> None:
+        fill("new")(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "a" / "out", write, overwrite=False, source=source)
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_errors_of_the_safetensors_library(
+    tmp_path: Path, source: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_file(*_: object) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+
+    def write(folder: Path) -> None:
+        write_safetensors(folder / ADAPTER[1], {"x": torch.zeros(4)}, {"format": "pt"})
+
+    monkeypatch.setattr(output, "save_file", save_file)
+    with pytest.raises(ParaError, match="no space left.*free some" if code == errno.ENOSPC else os.strerror(code)):
+        write_folder(tmp_path / "out", write, overwrite=False, source=source)
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_what_goes_along(tmp_path: Path, source: Path) -> None:
+    along = [
+        "README.md",
+        "LICENSE.txt",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "vocab.json",
+    ]
+    left = ["optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin", "notes"]
+    for name in [*along, *left, "adapter_model.bin", "para_ext.json"]:
+        (source / name).write_text(name)
+    (source / "merges.txt").symlink_to(source / "notes")
+    (source / "runs").mkdir()
+    target = tmp_path / "target"
+    target.mkdir()
+    assert copy_along(source, target) == sorted([*left, "merges.txt", "runs"])
+    assert sorted(os.listdir(target)) == sorted(along)
+    assert (target / "README.md").read_text() == "README.md"
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
+    metadata = {"format": "pt", "ä": '"\n\x01', **{str(i): "x" for i in range(9)}}
+    arena = torch.arange(12.0)
+    files = []
+    for i in range(4):
+        write_safetensors(tmp_path / str(i), {"b": arena[:6].view(2, 3), "a": arena[6:]}, metadata)
+        files.append((tmp_path / str(i)).read_bytes())
+    assert len(set(files)) == 1
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("b"), arena[:6].view(2, 3))
