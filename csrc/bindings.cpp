@@ -14,8 +14,8 @@ namespace py = pybind11;
 
 namespace {
 
-using Table = py::array_t<int64_t, py::array::c_style>;    // [modules, COLUMNS]
-using Scales = py::array_t<double, py::array::c_style>;    // [modules]
+using Table = py::array_t<int64_t, py::array::c_style>;  // [modules, COLUMNS]
+using Scales = py::array_t<double, py::array::c_style>;  // [modules]
 
 const para::Kernels& kernels_named(const std::string& isa) {
     int count;
@@ -88,15 +88,17 @@ py::array_t<int32_t> run_svd(const Table& table, const Scales& scales, int threa
 
 py::array_t<double> run_truncate(const Table& table, const Scales& scales, int threads, const std::string& isa) {
     const std::vector<para::Certificate> certificates = run(para::cpu::truncate, table, scales, threads, isa);
-    py::array_t<double> out({static_cast<py::ssize_t>(certificates.size()), py::ssize_t{5}});
+    py::array_t<double> out({static_cast<py::ssize_t>(certificates.size()), py::ssize_t{7}});
     for (size_t i = 0; i < certificates.size(); ++i) {
         const para::Certificate& c = certificates[i];
         double* row = out.mutable_data(static_cast<py::ssize_t>(i), 0);
         row[0] = c.lost;
-        row[1] = c.norm_b;
-        row[2] = c.norm_a;
+        row[1] = c.stretch_b;
+        row[2] = c.stretch_a;
         row[3] = c.rounding_b;
         row[4] = c.rounding_a;
+        row[5] = c.weighted_b;
+        row[6] = c.weighted_a;
     }
     return out;
 }

@@ -45,18 +45,20 @@ struct Core {
 // How close the stored factors are to what they should be; Python adds the rounding-error terms (see backends/cpu.py).
 struct Certificate {
     double lost;        // ‖scale·BA − B(T_B T_A)A‖_F, T as used
-    double norm_b;      // an upper bound of ‖B·T_B‖₂
-    double norm_a;      // an upper bound of ‖T_A·A‖₂
-    double rounding_b;  // ‖stored B' − B·T_B‖_F
-    double rounding_a;  // ‖stored A' − T_A·A‖_F
+    double stretch_b;   // an upper bound of ‖B·T_B·D⁻¹‖₂ with D = diag(√σ): 1 but for rounding
+    double stretch_a;   // an upper bound of ‖D⁻¹·T_A·A‖₂
+    double rounding_b;  // ‖dB‖_F, dB = stored B' − B·T_B
+    double rounding_a;  // ‖dA‖_F, dA = stored A' − T_A·A
+    double weighted_b;  // ‖dB·D‖_F
+    double weighted_a;  // ‖D·dA‖_F
 };
 
 struct Problem {
     Matrix b, a;  // [m, r], [r, n]
     double scale;
     Core core;
-    int64_t k;             // rank of the new factors
-    void *new_b, *new_a;   // [m, k], [k, n], contiguous
+    int64_t k;            // rank of the new factors
+    void *new_b, *new_a;  // [m, k], [k, n], contiguous
     DType new_dtype;
 
     int64_t rank() const { return b.cols; }
@@ -64,9 +66,22 @@ struct Problem {
 
 // Columns of the table, in order. The last four are read by stage 3 only.
 enum Column : int64_t {
-    B_DATA, B_ROWS, B_ROW_STRIDE, B_COL_STRIDE, B_DTYPE,
-    A_DATA, A_COLS, A_ROW_STRIDE, A_COL_STRIDE, A_DTYPE,
-    RANK, CORE, NEW_RANK, NEW_B, NEW_A, NEW_DTYPE,
+    B_DATA,
+    B_ROWS,
+    B_ROW_STRIDE,
+    B_COL_STRIDE,
+    B_DTYPE,
+    A_DATA,
+    A_COLS,
+    A_ROW_STRIDE,
+    A_COL_STRIDE,
+    A_DTYPE,
+    RANK,
+    CORE,
+    NEW_RANK,
+    NEW_B,
+    NEW_A,
+    NEW_DTYPE,
     COLUMNS
 };
 

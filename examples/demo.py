@@ -53,7 +53,7 @@ class Settings:
     rank: int = 32
     alpha: int = 32
     batch: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
 

@@ -21,7 +21,7 @@ def svd(table: NDArray[np.int64], scales: NDArray[np.float64], threads: int, isa
     """Stage 2 → sweeps per module, or -1 where Jacobi did not converge."""
 
 def truncate(table: NDArray[np.int64], scales: NDArray[np.float64], threads: int, isa: str = "") -> NDArray[np.float64]:
-    """Stage 3 → [modules, 5]: lost, norm_b, norm_a, rounding_b, rounding_a (csrc/problem.h, Certificate)."""
+    """Stage 3 → [modules, 7]: the members of Certificate (csrc/problem.h)."""
 
 def isa_levels() -> list[str]:
     """Levels that were built in and that this machine runs, best first."""

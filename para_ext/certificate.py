@@ -2,8 +2,8 @@
 
 A sum of factor pairs is one pair, ``scale·BA − B'A' = X Yᵀ`` with ``X = [scale·B, −B']`` and ``Y = [A; A']ᵀ``, and
 Householder QR in fp64 of both gives ``‖X Yᵀ‖_F = ‖R_X R_Yᵀ‖_F``. The two other ways both fail: the identity
-``⟨BᵀB, AAᵀ⟩ − 2⟨B'ᵀB, A'Aᵀ⟩ + ⟨B'ᵀB', A'A'ᵀ⟩`` cannot see below ``√u ‖A‖‖B‖``, and adding the measured storage rounding to
-the dropped singular values is below the truth about half the time.
+``⟨BᵀB, AAᵀ⟩ − 2⟨B'ᵀB, A'Aᵀ⟩ + ⟨B'ᵀB', A'A'ᵀ⟩`` cannot see below ``√u ‖A‖‖B‖``, and adding the measured storage
+rounding to the dropped singular values is below the truth about half the time.
 
 QR is backward stable column by column (Higham, Accuracy and Stability of Numerical Algorithms, §19.3): the computed
 R_X belongs to ``X + E`` with ``‖e_j‖ ≤ c·u·‖x_j‖``. So the computed norm is off by at most ``c'·u·Σ_j ‖x_j‖‖y_j‖``,
@@ -25,9 +25,9 @@ SAFETY = 30  # the customary threshold of LAPACK's own tests; the worst of ours 
 def difference(B: Tensor, A: Tensor, scale: float, B2: Tensor, A2: Tensor) -> float:
     """An upper bound of ``‖scale·BA − B2·A2‖_F``, at most ``60·(r+k)·u·Σ_j ‖x_j‖‖y_j‖`` (u = 2⁻⁵³) above it.
 
-    Exactly 0.0 where the columns of the two pairs agree one by one and ``scale`` is a power of two: for identical
-    factors, and for such a scale folded into either. inf where a factor holds a NaN or an infinity (an overflow in
-    storage), and where the bound exceeds fp64.
+    Exactly 0.0 where the columns of the two pairs agree one by one and ``scale`` is ± a power of two: for identical
+    factors, and for such a scale folded into B (a positive one: or into A). inf where a factor holds a NaN or an
+    infinity (an overflow in storage), and where the bound exceeds fp64.
 
     Args:
         B: [m, r] and A: [r, n], any dtype and strides.
@@ -47,7 +47,12 @@ def difference(B: Tensor, A: Tensor, scale: float, B2: Tensor, A2: Tensor) -> fl
 
 @torch.no_grad()
 def norm(B: Tensor, A: Tensor, scale: float) -> float:
-    """``‖scale·BA‖_F`` to within ``30·r·u·|scale|·Σ_j ‖b_j‖‖a_j‖`` (u = 2⁻⁵³); B: [m, r], A: [r, n], any dtype and strides."""
+    """``‖scale·BA‖_F`` to within ``30·r·u·|scale|·Σ_j ‖b_j‖‖a_j‖`` (u = 2⁻⁵³).
+
+    Args:
+        B: [m, r] and A: [r, n], finite, any dtype and strides.
+        scale: any finite number.
+    """
     X, Y, exponent = joined((B, A, scale))
     return _ldexp(float(torch.linalg.matrix_norm(triangle(X) @ triangle(Y).mT)), exponent)
 
@@ -76,7 +81,8 @@ def triangle(X: Tensor) -> Tensor:
     """R [min(m, p), p] of the QR factorization of X [m, p] in fp64, in blocks of rows (TSQR, Demmel et al. 2012)."""
     blocks, rest = blocked(X)
     if not len(blocks):
-        return torch.linalg.qr(rest, mode="r").R
+        R: Tensor = torch.linalg.qr(rest, mode="r").R
+        return R
     return triangle(torch.cat([torch.linalg.qr(blocks, mode="r").R.flatten(0, 1), triangle(rest)]))
 
 

@@ -198,8 +198,7 @@ def _moved(factors: Iterable[LoraFactors], device: str) -> Iterable[LoraFactors]
 
 def _named(decomposition: Decomposition, new: Sequence[Truncated]) -> list[LoraFactors]:
     return [
-        LoraFactors(f.name, t.B, t.A, 1.0, f.group, f.min_rank)
-        for f, t in zip(decomposition.factors, new, strict=True)
+        LoraFactors(f.name, t.B, t.A, 1.0, f.group, f.min_rank) for f, t in zip(decomposition.factors, new, strict=True)
     ]
 
 
@@ -243,9 +242,7 @@ def _with_sizes(report: Report, adapter: PeftAdapter, size: int) -> Report:
     foreign = sum(t.numel() * t.element_size() for t in adapter.foreign.values())
     notes = report.notes
     if foreign > size / 2:
-        notes += (
-            f"{megabytes(foreign)} of the file are not LoRA factors (heads and the like) and stay as they are.",
-        )
+        notes += (f"{megabytes(foreign)} of the file are not LoRA factors (heads and the like) and stay as they are.",)
     return replace(report, bytes_before=adapter.weights.stat().st_size, bytes_after=size, notes=notes)
 
 

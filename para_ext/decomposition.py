@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,9 +33,7 @@ class Decomposition:
         betas: per module |scale|·‖B‖_F·‖A‖_F, what rounding errors are relative to.
     """
 
-    def __init__(
-        self, factors: Iterable[LoraFactors], backend: str | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, factors: Iterable[LoraFactors], backend: str | None = None, threads: int | None = None) -> None:
         self.factors = check_factors(factors)
         self.threads = torch.get_num_threads() if threads is None else threads
         self._parts: list[tuple[Backend, list[int], Any]] = []
@@ -65,9 +65,7 @@ class Decomposition:
             for f, t in zip(self.factors, self.truncate_certified(plan, dtype), strict=True)
         ]
 
-    def truncate_certified(
-        self, plan: Plan | Mapping[str, int], dtype: torch.dtype | None = None
-    ) -> list[Truncated]:
+    def truncate_certified(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | None = None) -> list[Truncated]:
         """The best approximation of every ΔW at the plan's rank, with its error bound, in the order of ``factors``.
 
         A module whose rank does not change keeps A bit for bit, and B becomes scale·B rounded once. Others are
@@ -133,6 +131,8 @@ def _assign(factors: Sequence[LoraFactors], wanted: str | None) -> list[tuple[Ba
         raise ParaError(f"backend '{wanted}' is unknown; use one of {', '.join(BACKENDS)}")
     chosen: dict[str, list[int]] = {}
     native = None if wanted == "torch" else native_backend(required=wanted == "cpu")
+    if native is None and wanted is None:
+        _warn_without_native()
     for i, f in enumerate(factors):
         chosen.setdefault("cpu" if native is not None and native.supports(f) else "torch", []).append(i)
     return [(importlib.import_module(f"{__package__}.backends.{name}"), members) for name, members in chosen.items()]
@@ -154,6 +154,15 @@ def native_backend(required: bool = False) -> Any:
         return None
 
 
+@functools.cache
+def _warn_without_native() -> None:
+    warnings.warn(
+        "para_ext's native core is not installed, so the slower torch backend does the work: "
+        "reinstall para_ext with a C++ compiler",
+        stacklevel=2,
+    )
+
+
 def _output_dtype(f: LoraFactors, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None else torch.promote_types(f.A.dtype, f.B.dtype)
 
@@ -161,8 +170,9 @@ def _output_dtype(f: LoraFactors, dtype: torch.dtype | None) -> torch.dtype:
 def _fold_scale(f: LoraFactors, dtype: torch.dtype | None) -> Truncated:
     """A as it is and scale·B: the rank does not change, so nothing is gained by touching more bits than that."""
     scaled = f.B.to(torch.float64) * f.scale
-    B = scaled.to(dtype or f.B.dtype).contiguous()
-    A = f.A.to(dtype or f.A.dtype, copy=True).contiguous()
+    new_dtype = _output_dtype(f, dtype)
+    B = scaled.to(new_dtype).contiguous()
+    A = f.A.to(new_dtype, copy=True).contiguous()
     rounding_B = torch.linalg.vector_norm(B.to(torch.float64) - scaled).item()
     rounding_A = torch.linalg.vector_norm(A.to(torch.float64) - f.A.to(torch.float64)).item()
     power_of_two = abs(math.frexp(f.scale)[0]) == 0.5

@@ -78,7 +78,9 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
                     "bfloat16 or float64 first"
                 )
             if t.is_meta or t.layout != torch.strided:
-                raise ParaError(f"module '{f.name}': {which} holds no dense data (meta or sparse): load the weights first")
+                raise ParaError(
+                    f"module '{f.name}': {which} holds no dense data (meta or sparse): load the weights first"
+                )
         if f.A.device != f.B.device:
             raise ParaError(f"module '{f.name}': A is on {f.A.device}, B on {f.B.device}; move both to one device")
         if not math.isfinite(f.scale):

@@ -103,6 +103,10 @@ class _Site:
             group = self.group if self.blocks == 1 else self.group or self.name
             yield LoraFactors(name, B_i, A_i, self.nominal, group, self.min_rank)
 
+    def parameters(self) -> Iterator[Tensor | None]:
+        for slot in (self.A, self.B):
+            yield slot.parameter if not self.adapter or self.adapter in self.layer.scaling else None
+
     def join(self, new: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
         """The inverse of `factors`: new tensors of the layer's own shapes, with storage of their own."""
         A, B = self.A.parameter, self.B.parameter
@@ -111,10 +115,13 @@ class _Site:
         return A_new.reshape(-1, *A.shape[1:]).to(A.device), B_new.reshape(len(B), -1, *B.shape[2:]).to(B.device)
 
     def dicts(self) -> Iterator[dict[str, Any]]:
-        """Every dict that rewriting this site can change."""
-        for module in (self.layer, *self.layer.children(), self.A.owner, self.B.owner):
+        """Every dict that rewriting this site can change; an empty one stays empty, for no key is ever added."""
+        containers = (c for c in self.layer.children() if isinstance(c, nn.ModuleDict | nn.ParameterDict))
+        for module in (self.layer, *containers, self.A.owner, self.B.owner):
             yield vars(module)
-            yield from (value for value in vars(module).values() if isinstance(value, dict))
+            yield from (value for value in vars(module).values() if isinstance(value, dict) and value)
+        if self.adapter in getattr(self.layer, "lora_magnitude_vector", ()):
+            yield getattr(self.layer.lora_magnitude_vector[self.adapter], "_dora_cache", {})
 
     def rescale(self, rank: int) -> None:
         """Make ``rank`` the layer's rank and alpha, and leave of its scaling the user's multiplier."""
@@ -194,7 +201,8 @@ class LiveAdapter:
         kept = _needs_a_pair(self._pairs, [part[0].rank for part in parts])
         parts = [[_zero(f) for f in part] if i in kept else part for i, part in enumerate(parts)]
         ranks = [part[0].rank for part in parts]
-        writes = [w for pair, part in zip(self._pairs, parts, strict=True) if part[0].rank for w in _writes(pair, part)]
+        with torch.no_grad(), torch.inference_mode(False):
+            writes = [w for pair, part in zip(self._pairs, parts, strict=True) for w in _writes(pair, part)]
         configs = _new_configs(self._pairs, ranks)
 
         sites = [site for pair in self._pairs for site in pair.all]
@@ -210,15 +218,12 @@ class LiveAdapter:
             for host, adapter, config in configs:
                 host.configs[adapter] = config
 
-    def _live(self) -> list[Tensor]:
-        return [slot.parameter for pair in self._pairs for site in pair.all for slot in (site.A, site.B)]
+    def _live(self) -> list[Tensor | None]:
+        """The parameters now in the sites' places; None where the adapter was taken out."""
+        return [p for pair in self._pairs for site in pair.all for p in site.parameters()]
 
     def _check(self, new: Sequence[LoraFactors]) -> None:
-        try:
-            unchanged = all(a is b for a, b in zip(self._live(), self._parameters, strict=True))
-        except KeyError:
-            unchanged = False
-        if not unchanged:
+        if any(a is not b for a, b in zip(self._live(), self._parameters, strict=True)):
             raise ParaError("the model's factors were replaced after they were read: call read_model again")
         if [f.name for f in new] != [f.name for f in self.factors]:
             raise ParaError("the new factors are not those of this adapter's modules: give one pair for each, in order")
@@ -330,14 +335,15 @@ def _peft_site(path: str, modules: Mapping[str, Any], adapter: str, host: _Host 
     rslora = getattr(layer, "use_rslora", {}).get(adapter, getattr(config, "use_rslora", False))
     alpha, rank = layer.lora_alpha[adapter], layer.r[adapter]
     nominal = alpha / (math.sqrt(rank) if rslora else rank) or float(layer.scaling[adapter])
-    site = _Site(name, layer, A, B, nominal, adapter, key=inside if host else "", host=host)
+    if config is None:
+        host, inside = None, ""
+    site = _Site(name, layer, A, B, nominal, adapter, inside, host)
 
     base = layer.get_base_layer()
     attention, _, projection = path.rpartition(".base_layer.")
     if hasattr(layer, "parameter_name"):
-        inside, name = (f"{module}.{layer.parameter_name}" for module in (inside, name))
-        experts = layer.num_experts
-        site = replace(site, name=name, key=inside if host else "", blocks=experts, interleaved=experts > 1)
+        inside, name = (place and f"{place}.{layer.parameter_name}" for place in (inside, name))
+        site = replace(site, name=name, key=inside, blocks=layer.num_experts, interleaved=layer.num_experts > 1)
     elif isinstance(base, nn.MultiheadAttention):
         site = replace(site, group=name)
     elif projection == "out_proj" and isinstance(modules[attention].get_base_layer(), nn.MultiheadAttention):
@@ -462,6 +468,8 @@ def _zero(f: LoraFactors) -> LoraFactors:
 
 def _writes(pair: _Pair, new: Sequence[LoraFactors]) -> Iterator[tuple[_Slot, nn.Parameter, int]]:
     """What to put where: one new parameter for each old one, with one storage where the old ones had one."""
+    if not new[0].rank:
+        return
     A, B = pair.first.join(new)
     size = new[0].rank * pair.first.blocks
     made: dict[int, nn.Parameter] = {}

@@ -352,12 +352,12 @@ class _Order:
         rank: list[int] = []
         first: list[int] = []
         rest: list[int] = []
-        for number, members in enumerate(cells):
-            gains = members.gains(spectra.squares)
+        for number, tied in enumerate(cells):
+            gains = tied.gains(spectra.squares)
             ranks = shaping.ranks(len(gains))
             if not ranks:
                 raise ParaError(
-                    f"module '{members.name}' can take no rank from 1 to {len(gains)}, all it has: "
+                    f"module '{tied.name}' can take no rank from 1 to {len(gains)}, all it has: "
                     "change multiple_of, allowed_ranks or max_rank so that one of these is allowed"
                 )
             starts = [0, *ranks[:-1]]
@@ -365,12 +365,12 @@ class _Order:
                 gains = gains[: len(ranks)]
             else:
                 gains = [math.fsum(gains[low:high]) for low, high in zip(starts, ranks, strict=True)]
-            least = max(shaping.min_rank, *(m.min_rank for m in members.members))
+            least = max(shaping.min_rank, *(m.min_rank for m in tied.members))
             forced = bisect_left(ranks, min(least, ranks[-1])) + 1 if least else 0
             first += range(len(score), len(score) + forced)
             rest += range(len(score) + forced, len(score) + len(ranks))
             # A block's mean can round above that of the block before it; within a cell the order is fixed.
-            score += accumulate(_SCORES[budget.score](members, starts, ranks, gains), min)
+            score += accumulate(_SCORES[budget.score](tied, starts, ranks, gains), min)
             cell += [number] * len(ranks)
             start += starts
             rank += ranks
@@ -423,7 +423,9 @@ def _cells(modules: Sequence[ModuleSpectrum], uniform: str | None) -> list[_Cell
 
     for module in modules:
         if uniform is not None:
-            parent[root(node_of(module))] = root(("type", module_type(module.name) if uniform == "type" else None))
+            parent[root(node_of(module))] = root(
+                ("type", module_type(module.group or module.name) if uniform == "type" else None)
+            )
     cells: defaultdict[object, list[ModuleSpectrum]] = defaultdict(list)
     for module in sorted(modules, key=lambda m: natural_key(m.name)):
         cells[root(node_of(module))].append(module)

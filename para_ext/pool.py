@@ -1,4 +1,4 @@
-"""Single-threaded workers: torch.linalg differs in its last bits between thread counts, so parallelism is across items."""
+"""Single-threaded workers: torch.linalg's last bits depend on its thread count, so parallelism is across items."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def map_single_threaded(function: Callable[[T], R], items: Iterable[T], threads:
     Raises:
         Exception: that of the first item (in the given order) for which ``function`` raised one.
     """
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def work(item: T) -> R:
         with torch.no_grad(), torch.cuda.stream(stream):  # both are per thread; stream None changes nothing
@@ -38,19 +38,22 @@ def map_single_threaded(function: Callable[[T], R], items: Iterable[T], threads:
 
 @functools.cache
 def _workers(threads: int, pid: int) -> ThreadPoolExecutor:
-    """Kept between calls: the first use of LAPACK costs a thread 3 ms. A forked child has none of them: hence ``pid``."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="para_ext", initializer=_be_single_threaded)
+    """Kept between calls: its first use of LAPACK costs a thread 3 ms. A forked child has none of them: hence ``pid``.
 
-
-def _be_single_threaded() -> None:
-    """Set this new thread's own state; torch.set_num_threads also sets what threads born later start with.
-
-    A thread that lives for this call only puts that default back: the caller's own setting may differ from it.
+    All are born here, because torch.set_num_threads in any thread also sets what threads born later start with. Only
+    another thread can put that back without touching the caller's own setting, which may differ from it.
     """
-    with _birth:
-        default = torch.get_num_threads()
-        torch.set_num_threads(1)
-        restore = threading.Thread(target=torch.set_num_threads, args=(default,))
-        restore.start()
-        restore.join()
+    workers = ThreadPoolExecutor(threads, thread_name_prefix="para_ext")
+    all_born = threading.Barrier(threads)
+    with _birth, ThreadPoolExecutor(1) as aside:
+        default = aside.submit(torch.get_num_threads).result()
+        list(workers.map(_be_single_threaded, [all_born] * threads))
+        aside.submit(torch.set_num_threads, default).result()
+    return workers
+
+
+def _be_single_threaded(all_born: threading.Barrier) -> None:
+    torch.get_num_threads()  # a thread's first call of it would undo an earlier setting
+    torch.set_num_threads(1)
     torch.set_flush_denormal(False)  # otherwise inherited from the thread that called
+    all_born.wait()  # so that each worker gets one of these calls

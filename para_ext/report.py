@@ -30,6 +30,7 @@ class ModuleReport:
     """
 
     name: str
+    type: str
     m: int
     n: int
     rank_before: int
@@ -43,10 +44,6 @@ class ModuleReport:
     error: float
     error_floor: float
     energy: float
-
-    @property
-    def type(self) -> str:
-        return module_type(self.name)
 
 
 @dataclass(frozen=True)
@@ -163,6 +160,7 @@ def module_reports(spectra: Spectra, plan: Plan, errors: Sequence[float]) -> tup
         reports.append(
             ModuleReport(
                 name=module.name,
+                type=module_type(module.group or module.name),
                 m=module.m,
                 n=module.n,
                 rank_before=module.rank,

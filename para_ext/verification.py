@@ -10,6 +10,7 @@ from typing import Any
 from .certificate import difference, norm
 from .errors import ParaError
 from .factors import LoraFactors, total_parameters
+from .naming import module_type
 from .pool import map_single_threaded
 
 
@@ -23,6 +24,7 @@ class ModuleVerification:
     """
 
     name: str
+    type: str
     rank_before: int
     rank_after: int
     norm: float
@@ -91,7 +93,9 @@ def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threa
         error = difference(f.B, f.A, f.scale, B2, g.A)
         if not math.isfinite(error):
             raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with a wider --dtype")
-        return ModuleVerification(name, f.rank, g.rank, norm(f.B, f.A, f.scale), error)
+        return ModuleVerification(
+            name, module_type(known.group or name), f.rank, g.rank, norm(f.B, f.A, f.scale), error
+        )
 
     names = [*left, *(name for name in right if name not in left)]
     return Verification(

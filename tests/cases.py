@@ -50,18 +50,20 @@ def gaussian(g: torch.Generator, rows: int, columns: int) -> Tensor:
 
 
 def orthonormal(g: torch.Generator, rows: int, columns: int) -> Tensor:
-    return torch.linalg.qr(gaussian(g, rows, columns)).Q
+    Q: Tensor = torch.linalg.qr(gaussian(g, rows, columns)).Q
+    return Q
 
 
 def powers_of_two(g: torch.Generator, count: int, reach: int) -> Tensor:
-    return torch.ldexp(torch.ones(count, dtype=torch.float64), torch.randint(-reach, reach + 1, (count,), generator=g))
+    exponents = torch.randint(-reach, reach + 1, (count,), generator=g)
+    return torch.pow(2.0, exponents.double())
 
 
 # --- known spectra ---------------------------------------------------------------------------------------------------
 
 
 def product(s: Tensor, a: float = 0.5, condition: float = 1.0, m: int = 96, n: int = 72) -> Make:
-    """B = Q1 diag(s^a) W, A = W⁻¹ diag(s^(1−a)) Q2ᵀ: singular values s; condition(W) is cancelled in BA, not in B, A."""
+    """B = Q1 diag(s^a) W, A = W⁻¹ diag(s^(1−a)) Q2ᵀ: singular values s; W cancels in BA, but not in B and A."""
 
     def make(g: torch.Generator) -> Pair:
         r = len(s)
@@ -96,7 +98,8 @@ def _one_large(r: int, condition: float) -> Tensor:
 
 def _log_random(r: int, condition: float) -> Tensor:
     g = torch.Generator().manual_seed(r)
-    return condition ** -torch.rand(r, generator=g, dtype=torch.float64).sort().values
+    exponents: Tensor = torch.rand(r, generator=g, dtype=torch.float64).sort().values
+    return torch.exp(-exponents * math.log(condition))
 
 
 def _repeated(r: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The list of backends that every numerical test runs on, and the ratios to their error bounds that the run ends with."""
+"""The list of backends that every numerical test runs on, and the worst ratios to their bounds, shown at the end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 BACKENDS = ("cpu", "torch")
 
@@ -25,6 +26,15 @@ def backend(request: pytest.FixtureRequest) -> Any:
         if os.environ.get("PARA_EXT_REQUIRE_NATIVE") == "1":
             pytest.fail(f"backend {request.param}: {error}")
         pytest.skip(f"backend {request.param} is not built here")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On matrices this small more threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

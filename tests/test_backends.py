@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,18 +17,11 @@ from para_ext.backends import Truncated
 from para_ext.errors import ParaError
 from para_ext.factors import LoraFactors
 
-INSTANCES = [pytest.param(case, dtype, id=f"{case.name}-{_}") for case, dtype in instances() for _ in [str(dtype)[6:]]]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+INSTANCES = [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for case, dtype in instances()]
 
 given = functools.cache(Case.factors)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For the oracle: on these small matrices more threads only wait for each other (10 times slower on a busy machine)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -83,7 +76,7 @@ def outcomes(
     cores, sigma = spectra(backend, factors, threads)
     ranks = [(f.rank + 1) // 2 for f in factors]
     results = backend.truncate(factors, cores, ranks, [f.B.dtype for f in factors], threads)
-    return {f.name: pair for f, pair in zip(factors, zip(sigma, results))}
+    return {f.name: pair for f, pair in zip(factors, zip(sigma, results, strict=True), strict=True)}
 
 
 def same_bits(a: dict[str, tuple[list[float], Truncated]], b: dict[str, tuple[list[float], Truncated]]) -> list[str]:
@@ -129,7 +122,7 @@ def test_truncation(backend: Any, case: Case, dtype: torch.dtype, record: Record
     unit = f.rank * unit_roundoff(f) * reference.beta
     results = truncated(backend, [f] * len(ranks), ranks, [output_dtype(f)] * len(ranks))
 
-    for k, result in zip(ranks, results):
+    for k, result in zip(ranks, results, strict=True):
         error = float((reference.product(result.B, result.A) - reference.best(k)).norm())
         assert error <= 30 * unit, f"rank {k}: error / unit {error / unit:.3g}"
         if unit > 0:
@@ -183,9 +176,10 @@ def test_certificate(backend: Any, record: Record) -> None:
         if not supported(backend, f):
             continue
         full = min(f.rank, f.m, f.n)
-        jobs = [(0, FP32), *((k, out) for k in sorted({(full + 1) // 2, full}) for out in (FP32, BF16, FP16))]
-        results = truncated(backend, [f] * len(jobs), *zip(*jobs))
-        for (k, out), t in zip(jobs, results):
+        half = (full + 1) // 2
+        jobs = [(0, FP32), (half, FP32), (half, BF16), (half, FP16), (full, FP32 if dtype == FP64 else dtype)]
+        results = truncated(backend, [f] * len(jobs), [k for k, _ in jobs], [out for _, out in jobs])
+        for (k, out), t in zip(jobs, results, strict=True):
             if not (t.B.isfinite().all() and t.A.isfinite().all()):
                 assert t.error == math.inf
                 assert math.inf in (t.rounding_B, t.rounding_A)
@@ -199,7 +193,7 @@ def test_certificate(backend: Any, record: Record) -> None:
             if error > 3 * true:
                 loose.append(where)
             elif true > 0:
-                record("certificate / true × 10", backend.NAME, where, 10 * error / true)
+                record("certificate / true, ×10", backend.NAME, where, 10 * error / true)
     assert not below
     assert count > 1000
     assert len(loose) <= count / 100, f"{len(loose)} of {count}: {loose}"
@@ -283,7 +277,8 @@ def test_module_that_is_not_finite_is_named(backend: Any, dtype: torch.dtype, wh
     def module(name: str) -> LoraFactors:
         return LoraFactors(name, torch.randn(50, 5, generator=g).to(dtype), torch.randn(5, 35, generator=g).to(dtype))
 
-    good, bad, later = [module("layers.0.good"), module("layers.1.good")], module("layers.2.bad"), module("layers.3.bad")
+    good = [module("layers.0.good"), module("layers.1.good")]
+    bad, later = module("layers.2.bad"), module("layers.3.bad")
     require(backend, bad)
     getattr(bad, which)[-1, -1] = value
     later.B[0, 0] = later.A[0, 0] = value
@@ -296,4 +291,4 @@ def test_inputs_are_not_changed(backend: Any) -> None:
     factors = [case.factors(FP32) for case in CASES if case.name in ("lora-r16", "transposed", "sliced", "scale-third")]
     before = [(f.B.clone(), f.A.clone()) for f in factors]
     outcomes(backend, factors)
-    assert all(torch.equal(f.B, B) and torch.equal(f.A, A) for f, (B, A) in zip(factors, before))
+    assert all(torch.equal(f.B, B) and torch.equal(f.A, A) for f, (B, A) in zip(factors, before, strict=True))

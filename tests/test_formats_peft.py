@@ -157,7 +157,9 @@ def test_names_groups_and_views(tmp_path: Path) -> None:
     adapter = read_peft(save(model, tmp_path / "adapter"))
     by_name = {f.name: f for f in adapter.factors}
     experts = [f"experts.{e}.{leaf}" for e in range(3) for leaf in ("gate_up_proj", "down_proj")]
-    assert sorted(by_name) == sorted([*KINDS.keys() - {"grouped"}, "attn.out_proj", "grouped.0", "grouped.1", *experts])
+    assert sorted(by_name) == sorted(
+        [*(KINDS.keys() - {"grouped"}), "attn.out_proj", "grouped.0", "grouped.1", *experts]
+    )
     assert by_name["grouped.0"].group == by_name["grouped.1"].group == "grouped"
     assert by_name["attn"].group == by_name["attn.out_proj"].group == "attn"
     assert {by_name[name].group for name in experts} == set(PARAMETERS)
@@ -204,7 +206,7 @@ def write_any(adapter: PeftAdapter, out: Path, new: Any) -> Path:
 
 def test_parameters_of_unknown_order_share_one_rank(tmp_path: Path) -> None:
     base = build(first="w1", second="w2")
-    config = {"r": 2, "target_modules": [], "target_parameters": ["experts.w1", "experts.w2"]}
+    config: dict[str, Any] = {"r": 2, "target_modules": [], "target_parameters": ["experts.w1", "experts.w2"]}
     model = adapt(base, **config)
     adapter = read_peft(save(model, tmp_path / "adapter"))
     assert {f.group for f in adapter.factors} == {"experts"}
@@ -241,7 +243,7 @@ class Towers(nn.Module):
         self.vision = nn.ModuleDict({"layers": copy.deepcopy(self.layers)})
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.layers, *self.vision["layers"]]:
+        for layer in (*self.layers, *self.vision.get_submodule("layers").children()):
             x = x + layer["q"](x) * layer["v"](x).tanh()
         return x
 
@@ -320,7 +322,7 @@ def test_tied_embeddings_share_one_rank(tmp_path: Path) -> None:
     model = adapt(base, r=4, lora_alpha=8, target_modules=targets, ensure_weight_tying=True)
     adapter = read_peft(save(model, tmp_path / "adapter"))
     groups = {f.name: (f.group, f.min_rank) for f in adapter.factors if "q_proj" not in f.name}
-    assert groups == {name: ("model.embed_tokens", 1) for name in ("lm_head", "model.embed_tokens")}
+    assert groups == dict.fromkeys(("lm_head", "model.embed_tokens"), ("model.embed_tokens", 1))
     out = write(adapter, tmp_path / "out", lambda f: 4 if "q_proj" in f.name else 2)
     assert ranks_in(load(base, out)) == {
         "lm_head": 2, "model.embed_tokens": 2, "model.layers.0.self_attn.q_proj": 4
@@ -429,6 +431,13 @@ def test_damaged_files(tmp_path: Path, name: str, content: Callable[[bytes], byt
         read_adapter(folder)
     assert name in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_tensor_given_twice(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "a", pair() | {A.replace("lora_A", "lora_X"): ones(2, 3)})
+    damage(folder, WEIGHTS, lambda old: old.replace(b"lora_X", b"lora_A"))
+    with pytest.raises(ParaError, match="not a whole safetensors file"):
+        read_adapter(folder)
 
 
 @pytest.mark.parametrize(
@@ -545,8 +554,13 @@ def test_other_things_than_peft_folders(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(ParaError, match="holds no tensor file"):
         read_adapter(folder)
-    for key, kind in (("lora_unet_a.lora_down.weight", "kohya or diffusers"), ("unet.a.lora_A.weight", "diffusers LoRA"),
-                      ("q.lora_A", "loralib"), ("x", "unknown")):  # fmt: skip
+    kinds = {
+        "lora_unet_a.lora_down.weight": "kohya or diffusers",
+        "unet.a.lora_A.weight": "diffusers LoRA",
+        "q.lora_A": "loralib",
+        "x": "unknown",
+    }
+    for key, kind in kinds.items():
         save_file({key: ones(2, 2)}, folder / "x.safetensors")
         for path in (folder, folder / "x.safetensors"):
             with pytest.raises(ParaError, match=f"x.safetensors' holds {kind}.*not a PEFT folder"):

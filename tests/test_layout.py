@@ -14,7 +14,7 @@ from safetensors.torch import save
 from para_ext.errors import ParaError
 from para_ext.layout import DTYPE_BITS, FileLayout, Slot
 
-deterministic = settings(derandomize=True, deadline=None, database=None, max_examples=300)
+deterministic = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 
 # Older torch lacks the last few.
 TORCH_NAMES = {

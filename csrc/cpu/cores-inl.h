@@ -1,9 +1,9 @@
 // Stage 1: B [m, r], A [r, n] → R_B, R_A, M = scale · R_B · R_Aᵀ.
 //
-// R comes from a Gram matrix accumulated in fp64 (exact products of ≤ 32-bit data; chunks of CHUNK rows, partial sums
-// added in a fixed pairwise tree) by a pivoted Cholesky of the Gram matrix scaled to a unit-like diagonal by powers of
-// two: only the column-scaled condition number counts (Demmel & Veselić 1992; van der Sluis 1969), and scaling columns
-// by powers of two changes no bit.
+// R comes from a Gram matrix accumulated in fp64 (exact products of ≤ 32-bit data; chains of CHAIN rows, panels of
+// CHUNK, partial sums of panels added in a fixed pairwise tree) by a pivoted Cholesky of the Gram matrix scaled to a
+// unit-like diagonal by powers of two: only the column-scaled condition number counts (Demmel & Veselić 1992; van der
+// Sluis 1969), and scaling columns by powers of two changes no bit.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,8 @@ namespace para {
 namespace PARA_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 128;
+constexpr int64_t CHUNK = 128;  // rows of a panel
+constexpr int64_t CHAIN = 32;   // rows added up one by one: rounding of equal terms all goes one way
 constexpr double UNIT_ROUNDOFF = 0x1p-53;
 constexpr int64_t TILE = 4;
 
@@ -22,15 +23,21 @@ constexpr int64_t TILE = 4;
 inline void gram_of_panel(const double* panel, int64_t count, int64_t width, double* gram) {
     for (int64_t i = 0; i < width; i += TILE) {
         for (int64_t j = i / LANES * LANES; j < width; j += LANES) {
-            Vec acc[TILE];
-            for (Vec& a : acc) a = splat(0);
-            for (int64_t k = 0; k < count; ++k) {
-                const Vec right = load(panel + k * width + j);
+            for (int64_t first = 0; first < count; first += CHAIN) {
+                const int64_t last = first + CHAIN < count ? first + CHAIN : count;
+                Vec acc[TILE];
+                for (Vec& a : acc) a = splat(0);
+                for (int64_t k = first; k < last; ++k) {
+                    const Vec right = load(panel + k * width + j);
+                    for (int64_t t = 0; t < TILE; ++t) {
+                        acc[t] = fma_exact(splat(panel[k * width + i + t]), right, acc[t]);
+                    }
+                }
                 for (int64_t t = 0; t < TILE; ++t) {
-                    acc[t] = fma_exact(splat(panel[k * width + i + t]), right, acc[t]);
+                    double* to = gram + (i + t) * width + j;
+                    store(to, first == 0 ? acc[t] : load(to) + acc[t]);
                 }
             }
-            for (int64_t t = 0; t < TILE; ++t) store(gram + (i + t) * width + j, acc[t]);
         }
     }
 }

@@ -15,7 +15,7 @@ namespace PARA_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {PARA_NAME(PARA_ISA), cores_scratch, cores, LANES, svd_width, svd_scratch, svd,
-                         truncate_scratch, truncate};
+                         truncate_scratch,    truncate};
 
 }  // namespace PARA_ISA
 }  // namespace para

@@ -76,8 +76,8 @@ struct F16 {
 // out [count, width] ← rows first … first+count of a matrix [·, r], zero-padded to width. A matrix whose rows lie
 // apart (A transposed: columns of A are rows here) is read along its contiguous side.
 template <class T>
-void pack(const typename T::Storage* x, int64_t row_stride, int64_t col_stride, int64_t first, int64_t count,
-          int64_t r, int64_t width, double* out) {
+void pack(const typename T::Storage* x, int64_t row_stride, int64_t col_stride, int64_t first, int64_t count, int64_t r,
+          int64_t width, double* out) {
     x += first * row_stride;
     if (col_stride == 1) {
         for (int64_t i = 0; i < count; ++i) {
@@ -116,28 +116,25 @@ inline void pack(const Matrix& x, bool transposed, int64_t first, int64_t count,
     }
 }
 
-// to[i] ← from[i] rounded to storage; returns the sum of squared rounding errors.
+// to[i] ← from[i] rounded to storage; squared[i] receives the squared rounding error.
 template <class T>
-double write_row(const double* from, int64_t count, typename T::Storage* to) {
-    double squared = 0;
+void write_row(const double* from, int64_t count, typename T::Storage* to, double* squared) {
     for (int64_t i = 0; i < count; ++i) {
         to[i] = T::write(from[i]);
         const double error = T::read(to[i]) - from[i];
-        squared += error * error;
+        squared[i] = error * error;
     }
-    return squared;
 }
 
-inline double write_row(const double* from, int64_t count, DType dtype, void* out, int64_t offset) {
+inline void write_row(const double* from, int64_t count, DType dtype, void* out, int64_t offset, double* squared) {
     switch (dtype) {
         case DType::f32:
-            return write_row<F32>(from, count, static_cast<float*>(out) + offset);
+            return write_row<F32>(from, count, static_cast<float*>(out) + offset, squared);
         case DType::f16:
-            return write_row<F16>(from, count, static_cast<uint16_t*>(out) + offset);
+            return write_row<F16>(from, count, static_cast<uint16_t*>(out) + offset, squared);
         case DType::bf16:
-            return write_row<BF16>(from, count, static_cast<uint16_t*>(out) + offset);
+            return write_row<BF16>(from, count, static_cast<uint16_t*>(out) + offset, squared);
     }
-    return 0;
 }
 
 }  // namespace

@@ -51,8 +51,9 @@ std::vector<int32_t> svd(const std::vector<Problem>& problems, const Kernels& ke
     for (const auto& [width, modules] : by_width) {
         for (size_t first = 0; first < modules.size(); first += lanes) {
             const size_t last = std::min(first + lanes, modules.size());
-            tasks.push_back({width, {modules.begin() + static_cast<std::ptrdiff_t>(first),
-                                     modules.begin() + static_cast<std::ptrdiff_t>(last)}});
+            tasks.push_back({width,
+                             {modules.begin() + static_cast<std::ptrdiff_t>(first),
+                              modules.begin() + static_cast<std::ptrdiff_t>(last)}});
             costs.push_back(static_cast<double>(width) * static_cast<double>(width) * static_cast<double>(width));
         }
     }

@@ -15,9 +15,13 @@ namespace {
 constexpr int MAX_SWEEPS = 40;
 
 // Matrices of one width share a call: a function of r alone, so that bits don't depend on the batch.
-inline int64_t svd_width(int64_t r) { return r <= 16 ? round_up(r, 4) : round_up(r, 8); }
+inline int64_t svd_width(int64_t r) {
+    return r <= 16 ? round_up(r, 4) : round_up(r, 8);
+}
 
-inline int64_t svd_scratch(int64_t width) { return (width * width + width) * LANES; }
+inline int64_t svd_scratch(int64_t width) {
+    return (width * width + width) * LANES;
+}
 
 inline Vec dot(const double* x, const double* y, int64_t width) {
     Vec acc[4] = {splat(0), splat(0), splat(0), splat(0)};

@@ -15,7 +15,9 @@ namespace para {
 namespace PARA_ISA {
 namespace {
 
-inline int significand_bits(DType dtype) { return dtype == DType::f32 ? 24 : dtype == DType::f16 ? 11 : 8; }
+inline int significand_bits(DType dtype) {
+    return dtype == DType::f32 ? 24 : dtype == DType::f16 ? 11 : 8;
+}
 
 inline double round_to_bits(double x, int bits) {
     uint64_t word;
@@ -46,11 +48,21 @@ inline void thin_product(const double* x, int64_t x_width, int64_t count, const 
     }
 }
 
-// T_B [r, width] and T_Aᵀ [r, width] in fp64, not yet rounded; columns of σ = 0 stay zero.
-inline void transforms(const Problem& p, int64_t width, double* t_b, double* t_a) {
+// How many components are worth solving for: below rounding noise, U is noise, and S^-½ would blow it up.
+inline int64_t components(const Problem& p) {
+    const int64_t limits[] = {p.rank(), p.b.rows, p.a.cols};
+    int64_t most = p.k;
+    for (const int64_t limit : limits) most = limit < most ? limit : most;
+    const double noise = static_cast<double>(p.rank()) * UNIT_ROUNDOFF * p.core.sigma[0];
+    int64_t count = 0;
+    while (count < most && p.core.sigma[count] > noise) ++count;
+    return count;
+}
+
+// T_B [r, width] and T_Aᵀ [r, width] in fp64, not yet rounded; columns from `kept` on are zero.
+inline void transforms(const Problem& p, int64_t kept, int64_t width, double* t_b, double* t_a) {
     const Core& core = p.core;
     const int64_t r = p.rank(), rank_b = core.ranks[0];
-    const int64_t kept = p.k < r ? p.k : r;
     for (int64_t i = 0; i < r * width; ++i) t_b[i] = t_a[i] = 0;
 
     for (int64_t i = rank_b - 1; i >= 0; --i) {
@@ -72,22 +84,23 @@ inline void transforms(const Problem& p, int64_t width, double* t_b, double* t_a
         }
     }
     for (int64_t c = 0; c < kept; ++c) {
-        const double weight = core.sigma[c] > 0 ? p.scale / std::sqrt(core.sigma[c]) : 0;
+        const double weight = p.scale / std::sqrt(core.sigma[c]);
         for (int64_t j = 0; j < r; ++j) t_a[j * width + c] *= weight;
     }
 }
 
-// An upper bound of ‖Y‖₂ for Y [rows, width]: the square root of the ∞-norm of YᵀY. Scratch: [width].
-inline double spectral_norm_bound(const double* y, int64_t rows, int64_t width, double* line) {
+// An upper bound of ‖Y·D⁻¹‖₂ for Y [rows, width], D = diag(√sigma): the square root of the ∞-norm of its Gram matrix.
+// Scratch: [width].
+inline double stretch(const double* y, int64_t rows, const double* sigma, int64_t kept, int64_t width, double* line) {
     double largest = 0;
-    for (int64_t c = 0; c < width; ++c) {
+    for (int64_t c = 0; c < kept; ++c) {
         for (int64_t d = 0; d < width; d += LANES) {
             Vec acc = splat(0);
             for (int64_t i = 0; i < rows; ++i) acc += splat(y[i * width + c]) * load(y + i * width + d);
             store(line + d, absolute(acc));
         }
         double row_sum = 0;
-        for (int64_t d = 0; d < width; ++d) row_sum += line[d];
+        for (int64_t d = 0; d < kept; ++d) row_sum += line[d] / (std::sqrt(sigma[c]) * std::sqrt(sigma[d]));
         if (row_sum > largest) largest = row_sum;
     }
     return std::sqrt(largest);
@@ -120,19 +133,21 @@ inline double lost_norm(const Core& core, const double* y, const double* z, int6
 
 inline int64_t truncate_scratch(const Problem& p) {
     const int64_t r = p.rank(), width = round_up(p.k, LANES);
-    return CHUNK * round_up(r, LANES) + CHUNK * width + CHUNK + 4 * r * width + width;
+    return CHUNK * round_up(r, LANES) + CHUNK * width + 2 * CHUNK + width + 4 * r * width + 2 * width;
 }
 
-// Writes the product of one factor (of its transpose, into a transposed matrix) with t [r, width]; returns the squared
-// norm of what rounding to storage changed.
-inline double write_product(const Problem& p, bool is_a, const double* t, int64_t width, double* scratch) {
+// Writes the product of one factor (of its transpose, into a transposed matrix) with t [r, width]. squared [width]
+// receives, per component, the squared norm of what rounding to storage changed.
+inline void write_product(const Problem& p, bool is_a, const double* t, int64_t width, double* scratch,
+                          double* squared) {
     const Matrix& x = is_a ? p.a : p.b;
     void* out = is_a ? p.new_a : p.new_b;
     const int64_t rows = is_a ? x.cols : x.rows, r = p.rank(), panel_width = round_up(r, LANES);
     double* panel = scratch;
     double* block = panel + CHUNK * panel_width;
     double* line = block + CHUNK * width;
-    double squared = 0;
+    double* errors = line + CHUNK;  // [max(CHUNK, width)]
+    for (int64_t c = 0; c < width; ++c) squared[c] = 0;
     for (int64_t first = 0; first < rows; first += CHUNK) {
         const int64_t count = rows - first < CHUNK ? rows - first : CHUNK;
         pack(x, is_a, first, count, panel_width, panel);
@@ -140,41 +155,61 @@ inline double write_product(const Problem& p, bool is_a, const double* t, int64_
         if (is_a) {
             for (int64_t c = 0; c < p.k; ++c) {
                 for (int64_t i = 0; i < count; ++i) line[i] = block[i * width + c];
-                squared += write_row(line, count, p.new_dtype, out, c * rows + first);
+                write_row(line, count, p.new_dtype, out, c * rows + first, errors);
+                for (int64_t i = 0; i < count; ++i) squared[c] += errors[i];
             }
         } else {
             for (int64_t i = 0; i < count; ++i) {
-                squared += write_row(block + i * width, p.k, p.new_dtype, out, (first + i) * p.k);
+                write_row(block + i * width, p.k, p.new_dtype, out, (first + i) * p.k, errors);
+                for (int64_t c = 0; c < p.k; ++c) squared[c] += errors[c];
             }
         }
     }
-    return squared;
+}
+
+struct Rounding {
+    double plain, weighted;
+};
+
+inline Rounding rounding(const double* squared, const double* sigma, int64_t kept) {
+    Rounding sums = {0, 0};
+    for (int64_t c = 0; c < kept; ++c) {
+        sums.plain += squared[c];
+        sums.weighted += squared[c] * sigma[c];
+    }
+    return {std::sqrt(sums.plain), std::sqrt(sums.weighted)};
 }
 
 inline Certificate truncate(const Problem& p, double* scratch) {
-    const int64_t r = p.rank(), width = round_up(p.k, LANES);
+    const Core& core = p.core;
+    const int64_t r = p.rank(), width = round_up(p.k, LANES), kept = components(p);
     double* t_b = scratch;
     double* t_a = t_b + r * width;
     double* y = t_a + r * width;
     double* z = y + r * width;
     double* line = z + r * width;
-    double* blocks = line + width;
+    double* squared = line + width;
+    double* blocks = squared + width;
 
-    transforms(p, width, t_b, t_a);
+    transforms(p, kept, width, t_b, t_a);
     const int bits_b = 53 - significand_bits(p.b.dtype), bits_a = 53 - significand_bits(p.a.dtype);
     for (int64_t i = 0; i < r * width; ++i) {
         t_b[i] = round_to_bits(t_b[i], bits_b);
         t_a[i] = round_to_bits(t_a[i], bits_a);
     }
-    small_product(p.core.r_b, p.core.ranks[0], t_b, r, width, y);
-    small_product(p.core.r_a, p.core.ranks[1], t_a, r, width, z);
-    Certificate certificate;
-    certificate.lost = lost_norm(p.core, y, z, r, width);
-    certificate.norm_b = spectral_norm_bound(y, p.core.ranks[0], width, line);
-    certificate.norm_a = spectral_norm_bound(z, p.core.ranks[1], width, line);
-    certificate.rounding_b = std::sqrt(write_product(p, false, t_b, width, blocks));
-    certificate.rounding_a = std::sqrt(write_product(p, true, t_a, width, blocks));
-    return certificate;
+    small_product(core.r_b, core.ranks[0], t_b, r, width, y);
+    small_product(core.r_a, core.ranks[1], t_a, r, width, z);
+    write_product(p, false, t_b, width, blocks, squared);
+    const Rounding in_b = rounding(squared, core.sigma, kept);
+    write_product(p, true, t_a, width, blocks, squared);
+    const Rounding in_a = rounding(squared, core.sigma, kept);
+    return {lost_norm(core, y, z, r, width),
+            stretch(y, core.ranks[0], core.sigma, kept, width, line),
+            stretch(z, core.ranks[1], core.sigma, kept, width, line),
+            in_b.plain,
+            in_a.plain,
+            in_b.weighted,
+            in_a.weighted};
 }
 
 }  // namespace

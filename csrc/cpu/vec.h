@@ -34,7 +34,9 @@ typedef int64_t Truth __attribute__((vector_size(PART_BYTES)));
 inline void fill(Part& part, double x) {
     part = x - Part{};  // subtracting +0 changes nothing, not even the sign of -0
 }
-inline Part select(Truth truth, Part yes, Part no) { return truth ? yes : no; }
+inline Part select(Truth truth, Part yes, Part no) {
+    return truth ? yes : no;
+}
 inline Part square_root(Part x) {
 #if defined(__AVX512F__)
     return (Part)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
@@ -61,10 +63,18 @@ inline Part fma_exact(Part a, Part b, Part c) {
 using Part = double;
 using Truth = int64_t;
 constexpr int PART_BYTES = 8;
-inline void fill(Part& part, double x) { part = x; }
-inline Part select(Truth truth, Part yes, Part no) { return truth ? yes : no; }
-inline Part square_root(Part x) { return std::sqrt(x); }
-inline Part fma_exact(Part a, Part b, Part c) { return a * b + c; }
+inline void fill(Part& part, double x) {
+    part = x;
+}
+inline Part select(Truth truth, Part yes, Part no) {
+    return truth ? yes : no;
+}
+inline Part square_root(Part x) {
+    return std::sqrt(x);
+}
+inline Part fma_exact(Part a, Part b, Part c) {
+    return a * b + c;
+}
 
 #endif
 
@@ -73,42 +83,82 @@ template <class H>
 struct Two {
     H low, high;
 };
-template <class H> inline Two<H> operator+(Two<H> x, Two<H> y) { return {x.low + y.low, x.high + y.high}; }
-template <class H> inline Two<H> operator-(Two<H> x, Two<H> y) { return {x.low - y.low, x.high - y.high}; }
-template <class H> inline Two<H> operator*(Two<H> x, Two<H> y) { return {x.low * y.low, x.high * y.high}; }
-template <class H> inline Two<H> operator/(Two<H> x, Two<H> y) { return {x.low / y.low, x.high / y.high}; }
-template <class H> inline Two<H> operator-(Two<H> x) { return {-x.low, -x.high}; }
-template <class H> inline Two<H> operator|(Two<H> x, Two<H> y) { return {x.low | y.low, x.high | y.high}; }
-template <class H> inline void operator+=(Two<H>& x, Two<H> y) { x = x + y; }
-template <class H> inline auto operator>(Two<H> x, Two<H> y) -> Two<decltype(x.low > y.low)> {
+template <class H>
+inline Two<H> operator+(Two<H> x, Two<H> y) {
+    return {x.low + y.low, x.high + y.high};
+}
+template <class H>
+inline Two<H> operator-(Two<H> x, Two<H> y) {
+    return {x.low - y.low, x.high - y.high};
+}
+template <class H>
+inline Two<H> operator*(Two<H> x, Two<H> y) {
+    return {x.low * y.low, x.high * y.high};
+}
+template <class H>
+inline Two<H> operator/(Two<H> x, Two<H> y) {
+    return {x.low / y.low, x.high / y.high};
+}
+template <class H>
+inline Two<H> operator-(Two<H> x) {
+    return {-x.low, -x.high};
+}
+template <class H>
+inline Two<H> operator|(Two<H> x, Two<H> y) {
+    return {x.low | y.low, x.high | y.high};
+}
+template <class H>
+inline void operator+=(Two<H>& x, Two<H> y) {
+    x = x + y;
+}
+template <class H>
+inline auto operator>(Two<H> x, Two<H> y) -> Two<decltype(x.low > y.low)> {
     return {x.low > y.low, x.high > y.high};
 }
-template <class H> inline void fill(Two<H>& x, double value) {
+template <class H>
+inline void fill(Two<H>& x, double value) {
     fill(x.low, value);
     fill(x.high, value);
 }
-template <class T, class H> inline Two<H> select(Two<T> truth, Two<H> yes, Two<H> no) {
+template <class T, class H>
+inline Two<H> select(Two<T> truth, Two<H> yes, Two<H> no) {
     return {select(truth.low, yes.low, no.low), select(truth.high, yes.high, no.high)};
 }
-template <class H> inline Two<H> square_root(Two<H> x) { return {square_root(x.low), square_root(x.high)}; }
-template <class H> inline Two<H> fma_exact(Two<H> a, Two<H> b, Two<H> c) {
+template <class H>
+inline Two<H> square_root(Two<H> x) {
+    return {square_root(x.low), square_root(x.high)};
+}
+template <class H>
+inline Two<H> fma_exact(Two<H> a, Two<H> b, Two<H> c) {
     return {fma_exact(a.low, b.low, c.low), fma_exact(a.high, b.high, c.high)};
 }
 
 // Register by register: copying eight doubles at once would go through the stack.
-inline void read(Part& part, const double* p) { std::memcpy(&part, p, sizeof part); }
-inline void write(const Part& part, double* p) { std::memcpy(p, &part, sizeof part); }
-template <class H> inline void read(Two<H>& x, const double* p) {
+inline void read(Part& part, const double* p) {
+    std::memcpy(&part, p, sizeof part);
+}
+inline void write(const Part& part, double* p) {
+    std::memcpy(p, &part, sizeof part);
+}
+template <class H>
+inline void read(Two<H>& x, const double* p) {
     read(x.low, p);
     read(x.high, p + sizeof(H) / sizeof(double));
 }
-template <class H> inline void write(const Two<H>& x, double* p) {
+template <class H>
+inline void write(const Two<H>& x, double* p) {
     write(x.low, p);
     write(x.high, p + sizeof(H) / sizeof(double));
 }
 
-template <class P, int bytes> struct Widened { using type = Two<typename Widened<P, bytes * 2>::type>; };
-template <class P> struct Widened<P, 64> { using type = P; };
+template <class P, int bytes>
+struct Widened {
+    using type = Two<typename Widened<P, bytes * 2>::type>;
+};
+template <class P>
+struct Widened<P, 64> {
+    using type = P;
+};
 
 using Vec = Widened<Part, PART_BYTES>::type;
 using Mask = Widened<Truth, PART_BYTES>::type;
@@ -124,7 +174,9 @@ inline Vec load(const double* p) {
     read(v, p);
     return v;
 }
-inline void store(double* p, Vec v) { write(v, p); }
+inline void store(double* p, Vec v) {
+    write(v, p);
+}
 
 struct Flags {
     int64_t lane[LANES];
@@ -139,7 +191,9 @@ inline bool any(Mask mask) {
     return (f.lane[0] | f.lane[1] | f.lane[2] | f.lane[3] | f.lane[4] | f.lane[5] | f.lane[6] | f.lane[7]) != 0;
 }
 
-inline Vec absolute(Vec x) { return select(splat(0) > x, -x, x); }
+inline Vec absolute(Vec x) {
+    return select(splat(0) > x, -x, x);
+}
 
 // A fixed tree.
 inline double sum(Vec v) {
@@ -148,7 +202,9 @@ inline double sum(Vec v) {
     return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t x, int64_t multiple) {
+    return (x + multiple - 1) / multiple * multiple;
+}
 
 }  // namespace
 }  // namespace PARA_ISA

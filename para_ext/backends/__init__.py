@@ -54,7 +54,12 @@ class Backend(Protocol):
         """|scale|·‖B‖_F·‖A‖_F of every module: what rounding errors are relative to."""
 
     def truncate(
-        self, factors: Sequence[LoraFactors], cores: Any, ranks: Sequence[int], dtypes: Sequence[torch.dtype], threads: int
+        self,
+        factors: Sequence[LoraFactors],
+        cores: Any,
+        ranks: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+        threads: int,
     ) -> list[Truncated]:
         """Stage 3: B' = B·T_B [m, k], A' = T_A·A [k, n], the best rank-k approximation of each ΔW.
 

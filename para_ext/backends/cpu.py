@@ -124,8 +124,7 @@ def truncate(
 ) -> list[Truncated]:
     """See `Backend.truncate`."""
     sizes = [
-        (k * f.m * dtype.itemsize, k * f.n * dtype.itemsize)
-        for f, k, dtype in zip(factors, ranks, dtypes, strict=True)
+        (k * f.m * dtype.itemsize, k * f.n * dtype.itemsize) for f, k, dtype in zip(factors, ranks, dtypes, strict=True)
     ]
     arena = _cpu.Arena(sum(-(-size // _SLOT) * _SLOT for pair in sizes for size in pair))
     table = cores.table.copy()
@@ -145,16 +144,18 @@ def truncate(
 
     errors = []
     remeasure = []
-    for i, (f, (lost, norm_b, norm_a, rounding_b, rounding_a)) in enumerate(
-        zip(factors, certificates.tolist(), strict=True)
+    for i, (lost, stretch_B, stretch_A, rounding_B, rounding_A, weighted_B, weighted_A) in enumerate(
+        certificates.tolist()
     ):
         if ranks[i] == 0:
             lost = float(np.linalg.norm(cores.sigma(i)))
-        measured = lost + norm_b * rounding_a + norm_a * rounding_b + rounding_a * rounding_b
+        rounding = stretch_B * weighted_A + stretch_A * weighted_B + rounding_B * rounding_A
+        measured = lost + rounding
         # What a Gram matrix in fp64 can hide: perturbing BᵀB by c·r·u moves ‖BX‖ by up to √(c·r·u)·‖B‖‖X‖.
-        floor = math.sqrt(30 * f.rank * UNIT_ROUNDOFF) * cores.beta(i)
+        floor = math.sqrt(30 * factors[i].rank * UNIT_ROUNDOFF) * cores.beta(i)
         errors.append(measured + floor)
-        if floor > measured / 2:
+        # The sum is loose where one of its small terms is not small: hidden cancellation, or storage that underflows.
+        if floor > measured / 2 or rounding > max(lost, 0.1 * float(np.linalg.norm(cores.sigma(i)))):
             remeasure.append(i)
 
     def measure(i: int) -> float:
@@ -168,3 +169,8 @@ def truncate(
         Truncated(B, A, errors[i], certificates[i, 3].item(), certificates[i, 4].item())
         for i, (B, A) in enumerate(outputs)
     ]
+
+
+def levels() -> list[str]:
+    """ISA levels that were built in and that this machine runs, best first."""
+    return _cpu.isa_levels()

@@ -27,7 +27,10 @@ NAME = "torch"
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """scale·B·A between the orthonormal bases: ``2**exponent · M``, M [min(m, r), min(n, r)] fp64 on the CPU; β = |scale|‖B‖_F‖A‖_F."""
+    """scale·B·A between the orthonormal bases, ``2**exponent · M``, and β = |scale|‖B‖_F‖A‖_F.
+
+    M is [min(m, r), min(n, r)], fp64, on the CPU: its SVD is far quicker there than on a GPU, one by one.
+    """
 
     name: str
     M: Tensor
@@ -51,7 +54,7 @@ def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
 def svd(cores: Cores, threads: int) -> list[list[float]]:
     """Stage 2: the singular values of every scale·B·A, min(r, m, n) each, descending, with error O(r·u·‖A‖‖B‖)."""
     cores.triplets[:] = map_single_threaded(_svd, cores.modules, threads)
-    return [_sigma(core, S) for core, (_, S, _) in zip(cores.modules, cores.triplets)]
+    return [_sigma(core, S) for core, (_, S, _) in zip(cores.modules, cores.triplets, strict=True)]
 
 
 def betas(cores: Cores) -> list[float]:
@@ -63,7 +66,8 @@ def truncate(
     factors: Sequence[LoraFactors], cores: Cores, ranks: Sequence[int], dtypes: Sequence[torch.dtype], threads: int
 ) -> list[Truncated]:
     """Stage 3: B' [m, k] and A' [k, n], the best rank-k approximation of each, rounded once from fp64."""
-    return map_single_threaded(_truncate, zip(factors, cores.modules, cores.triplets, ranks, dtypes), threads)
+    modules = zip(factors, cores.modules, cores.triplets, ranks, dtypes, strict=True)
+    return map_single_threaded(_truncate, modules, threads)
 
 
 def _core(f: LoraFactors) -> Core:
@@ -85,7 +89,7 @@ def _sigma(core: Core, S: Tensor) -> list[float]:
         return [math.ldexp(s, core.exponent) for s in S.tolist()]
     except OverflowError:
         raise ParaError(
-            f"module '{core.name}': its singular values exceed the range of float64; scale its factors or its alpha down"
+            f"module '{core.name}': its singular values exceed the range of float64; scale its factors down"
         ) from None
 
 
@@ -106,11 +110,12 @@ def _basis(X: Tensor) -> Tensor:
     """Q [m, min(m, p)] that belongs to ``triangle(X)``: by the same blocks, so that R is the same bit for bit."""
     blocks, rest = blocked(X)
     if not len(blocks):
-        return torch.linalg.qr(rest).Q
+        Q: Tensor = torch.linalg.qr(rest).Q
+        return Q
     Q, R = torch.linalg.qr(blocks)
     top = _basis(torch.cat([R.flatten(0, 1), triangle(rest)]))
-    split = len(blocks) * X.shape[1]
-    return torch.cat([(Q @ top[:split].unflatten(0, (len(blocks), -1))).flatten(0, 1), _basis(rest) @ top[split:]])
+    of_blocks, of_rest = top[: R[..., 0].numel()].reshape(R.shape), top[R[..., 0].numel() :]
+    return torch.cat([(Q @ of_blocks).flatten(0, 1), _basis(rest) @ of_rest])
 
 
 def _stored(exact: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, float]:

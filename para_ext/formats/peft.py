@@ -207,7 +207,7 @@ class PeftAdapter:
             members = [given[f.name] if f.name in given and given[f.name].rank else _zeros(f) for f in slot.members]
             A, B = slot.join(members)
             kept = (other for other, k in zip(self.slots, ranks, strict=True) if k)
-            depth = sum(other.path == slot.path and other.depth < slot.depth for other in kept)
+            depth = sum(other.path == slot.path and other.depth < slot.depth for other in kept) if slot.depth else 0
             key_A, key_B, key_bias = slot.keys(depth)
             tensors |= {key_A: A.contiguous(), key_B: B.contiguous()}
             if slot.bias is not None:
@@ -530,18 +530,25 @@ def _parameters(module: str, config: Mapping[str, Any], targets: Targets) -> lis
 def _members(slots: Sequence[Slot], config: Mapping[str, Any]) -> list[Slot]:
     """The slots with their members, by the first of PEFT's rules that agrees with every tensor."""
     refusals = []
+    siblings: dict[str, list[Slot]] = defaultdict(list)
+    for slot in slots:
+        siblings[_owner(slot)].append(slot)
     for lookup in _lookups(config):
         try:
-            return [_with_members(slot, slots, lookup, bool(config.get("use_rslora"))) for slot in slots]
+            return [_with_members(slot, siblings[_owner(slot)], config, lookup) for slot in slots]
         except ParaError as e:  # noqa: PERF203 - three rounds at most
             refusals.append(e)
     raise refusals[0]
 
 
-def _with_members(slot: Slot, slots: Sequence[Slot], lookup: Mapping[str, Any], rslora: bool) -> Slot:
-    owner = slot.name
-    if slot.role == "inner":
-        owner = slot.path.removeprefix(_PREFIX).rpartition(".base_layer.")[0]
+def _owner(slot: Slot) -> str:
+    """The module that PEFT wraps: of all parameters of a module, and of both projections of an attention, the same."""
+    return slot.path.removeprefix(_PREFIX).partition(".base_layer.")[0]
+
+
+def _with_members(slot: Slot, siblings: Sequence[Slot], config: Mapping[str, Any], lookup: Mapping[str, Any]) -> Slot:
+    module = _owner(slot)
+    owner = slot.name if slot.experts else module
     rank, alpha = lookup["rank"](owner), lookup["alpha"](owner)
     A, B = slot.A, slot.B
     rows, columns, out = A.shape[0], B.shape[1], B.shape[0]
@@ -559,20 +566,19 @@ def _with_members(slot: Slot, slots: Sequence[Slot], lookup: Mapping[str, Any], 
     if not agrees:
         raise ParaError(f"{shapes}, but {CONFIG} gives it rank {rank}; put the config that belongs to the tensors")
 
-    same = [other for other in slots if other.path == slot.path]
-    unordered = len(same) > 1 and any(other.name.rpartition(".")[2] not in _REGISTERED for other in same)
-    if unordered and len({(lookup["rank"](other.name), lookup["alpha"](other.name)) for other in same}) > 1:
+    leaf = slot.name.rpartition(".")[2]
+    several = slot.experts and len(siblings) > 1
+    unordered = several and any(other.name.rpartition(".")[2] not in _REGISTERED for other in siblings)
+    if unordered and len({(lookup["rank"](other.name), lookup["alpha"](other.name)) for other in siblings}) > 1:
         raise ParaError(f"{shapes}, but its parameters have several ranks and the file does not tell which is which; "
                         "train them with one rank")  # fmt: skip
-    module, _, leaf = slot.name.rpartition(".")
     names = [slot.name]
     if slot.experts and unordered:
         names = [f"{module}.{i}.{slot.depth}" for i in range(count)]
     elif count > 1:
         names = [f"{module}.{i}.{leaf}" if slot.experts else f"{slot.name}.{i}" for i in range(count)]
-    attention = any(other.role == "inner" and other.path.startswith(f"{slot.path}.base_layer.") for other in slots)
-    group = module if unordered else owner if attention or slot.role == "inner" or count > 1 else None
-    scale = alpha / (math.sqrt(rank) if rslora else rank)
+    group = module if unordered else owner if count > 1 or (len(siblings) > 1 and not several) else None
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     views = zip(names, *_split(slot, count), strict=True)
     return replace(slot, members=tuple(LoraFactors(name, B, A, scale, group) for name, B, A in views))
 

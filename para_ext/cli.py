@@ -1,0 +1,277 @@
+"""The command line. Help and usage errors need neither torch nor a tensor: commands import what they use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import ParaError
+
+if TYPE_CHECKING:
+    import torch
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+_THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads to use; PyTorch's setting by default.")
+_BACKEND = click.option(
+    "--backend", type=click.Choice(["cpu", "torch"]), help="Native core or plain PyTorch; the native one by default."
+)
+_DTYPES = {
+    "same": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
+    "float32": "float32", "float16": "float16", "bfloat16": "bfloat16",
+}  # fmt: skip
+
+
+def _budget_options(command: Command) -> Command:
+    """The options that `para_ext.plan.plan` takes, grouped as it documents them."""
+    options = [
+        click.option("--energy", metavar="E", help="Smallest global selection that keeps this part of Σσ².  [0.95]"),
+        click.option(
+            "--keep", metavar="F", multiple=True, help="Part of the LoRA parameters: 0.25 or 25%. May be repeated."
+        ),
+        click.option("--params", metavar="N", type=int, help="Number of LoRA parameters."),
+        click.option("--size", metavar="S", help="Bytes of the written file, all included: 32MiB, 500kB, 1000000."),
+        click.option("--total-rank", metavar="K", type=int, help="Number of rank-1 components in all."),
+        click.option("--threshold", metavar="T", type=float, help="Keep every singular value ≥ T."),
+        click.option("--rank", metavar="R", type=int, help="Uniform truncation: every module keeps its own top R."),
+        click.option(
+            "--score",
+            type=click.Choice(["auto", "sigma", "density"]),
+            default="auto",
+            help="Order by σ or by σ²/(m+n); auto: density for keep, params and size.",
+        ),
+        click.option("--min-rank", metavar="R", type=int, default=0, help="No module goes below this rank."),
+        click.option("--max-rank", metavar="R", type=int, help="No module goes above this rank."),
+        click.option("--multiple-of", metavar="Q", type=int, default=1, help="Ranks are multiples of Q."),
+        click.option("--allowed-ranks", metavar="R,R,…", help="Ranks are among these, or 0."),
+        click.option("--uniform", type=click.Choice(["all", "type"]), help="One rank for all modules, or per type."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "-V", "--version", prog_name="para-ext")
+def cli() -> None:
+    """Compress trained LoRA adapters after training, without data.
+
+    \b
+    Examples:
+      para-ext inspect adapter/
+      para-ext compress adapter/ small/                    keep 95 % of the energy
+      para-ext compress adapter/ small/ --keep 25%         a quarter of the parameters
+      para-ext verify adapter/ small/ --min-energy 0.9
+    """
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw spectra and size-error curve (PNG)."
+)
+@_BACKEND
+@_THREADS
+@_JSON
+def inspect(adapter: Path, plot: Path | None, backend: str | None, threads: int | None, as_json: bool) -> None:
+    """How compressible is ADAPTER? Spectra, and what each budget would keep; nothing is written."""
+    from . import inspection
+
+    with _progress(as_json) as say:
+        say("importing PyTorch")
+        from .compress import decompose
+
+        say("decomposing")
+        decomposition = decompose(adapter, backend=backend, threads=threads)
+    if plot is not None:
+        from .plot import plot_spectra
+
+        plot_spectra(decomposition.spectra, plot, title=adapter.name)
+    summary = inspection.inspect(decomposition.spectra)
+    if as_json:
+        _print_json({"adapter": str(adapter), **summary.to_dict()})
+    else:
+        from .tables import inspection_tables
+
+        inspection_tables(summary)
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@_budget_options
+@click.option("--target", type=click.Choice(["peft"]), default="peft", help="The layout to write.  [peft]")
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="same", help="Of the new factors.  [same]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to work.  [auto]")
+@click.option("--dry-run", is_flag=True, help="Plan and report; write no adapter.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report as JSON.")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
+@_BACKEND
+@_THREADS
+@_JSON
+def compress(
+    adapter: Path,
+    out: Path,
+    dtype: str,
+    report: Path | None,
+    as_json: bool,
+    keep: tuple[str, ...],
+    allowed_ranks: str | None,
+    **options: Any,
+) -> None:
+    """Compress ADAPTER, a PEFT folder, into the new folder OUT.
+
+    At most one budget of --energy, --keep, --params, --size, --total-rank, --threshold, --rank. Several --keep values
+    make OUT/keep-0.25, OUT/keep-0.1 … from one decomposition.
+    """
+    if report is not None and report.exists() and not options["overwrite"]:
+        raise ParaError(f"'{report}' exists: give another --report, or --overwrite")
+    with _progress(as_json) as say:
+        say("importing PyTorch")
+        from .compress import compress_adapter
+
+        result = compress_adapter(
+            adapter,
+            out,
+            keep=None if not keep else keep[0] if len(keep) == 1 else list(keep),
+            allowed_ranks=_ranks(allowed_ranks),
+            dtype=_torch_dtype(dtype),
+            progress=say,
+            **options,
+        )
+    reports = result if isinstance(result, list) else [result]
+    document = [r.to_dict() for r in reports] if isinstance(result, list) else result.to_dict()
+    if report is not None:
+        report.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        _print_json(document)
+        return
+    from .tables import report_table
+
+    for r in reports:
+        report_table(r)
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("compressed", type=click.Path(path_type=Path))
+@click.option("--max-error", type=float, help="Exit 1 if ‖ΔW − ΔW'‖_F / ‖ΔW‖_F may exceed this.")
+@click.option("--min-energy", type=float, help="Exit 1 if less than this part of the energy may be kept.")
+@_THREADS
+@_JSON
+def verify(
+    adapter: Path,
+    compressed: Path,
+    max_error: float | None,
+    min_energy: float | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure how far COMPRESSED is from ADAPTER, on both files as they are."""
+    with _progress(as_json) as say:
+        say("importing PyTorch")
+        from .compress import verify as measure
+
+        say("measuring")
+        result = measure(adapter, compressed, threads=threads)
+    relative = result.error / result.norm if result.norm else float(result.error > 0)
+    if as_json:
+        _print_json({"adapter": str(adapter), "compressed": str(compressed), **result.to_dict()})
+    else:
+        from .tables import verification_table
+
+        verification_table(result)
+    if max_error is not None and not relative <= max_error:
+        raise ParaError(
+            f"'{compressed}': the relative error is up to {relative:.6g}, more than --max-error {max_error:g}; "
+            "compress with a larger budget"
+        )
+    if min_energy is not None and not result.energy >= min_energy:
+        raise ParaError(
+            f"'{compressed}': the energy kept is {result.energy:.6g}, less than --min-energy {min_energy:g}; "
+            "compress with a larger budget"
+        )
+
+
+@cli.command()
+@_JSON
+def info(as_json: bool) -> None:
+    """Backends, ISA level, threads, and why CUDA is or is not available."""
+    from .installation import installation
+
+    facts = installation()
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        click.echo(f"{name:<16}{text}")
+
+
+def main() -> None:
+    """Entry point: a refusal is one line on stderr and exit code 1."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except click.Abort:
+        _fail("interrupted; nothing was left half-written", 130)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (ParaError, click.ClickException) as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; check the path and the permissions", 1)
+    except MemoryError:
+        _fail("not enough memory; free some, or use a machine with more", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"para-ext: {message}", err=True)
+    sys.exit(code)
+
+
+def _ranks(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ParaError(f"--allowed-ranks '{text}' is not a list of whole numbers; write it like 4,8,16") from None
+
+
+def _torch_dtype(name: str) -> torch.dtype | None:
+    import torch
+
+    attribute = _DTYPES[name]
+    return None if attribute is None else getattr(torch, attribute)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Say on a terminal what is being done; nothing in a pipe."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield lambda words: status.update(f"{words} …")
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Tables for people: what the command line prints."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .inspection import Inspection
+from .naming import natural_key
+from .report import ModuleReport, Report, percent
+from .verification import ModuleVerification, Verification
+
+
+def report_table(report: Report) -> None:
+    """Per module type and in all: ranks, parameters, energy kept, relative error; then notes and the summary."""
+    table = _table(None if report.output is None else f"{report.source} → {report.output}")
+    for heading in ("modules", "", "rank", "parameters", "kept", "energy kept", "error ‖ΔW−ΔW'‖/‖ΔW‖"):
+        table.add_column(heading, justify="left" if heading == "modules" else "right", no_wrap=heading == "modules")
+    by_type: dict[str, list[ModuleReport]] = defaultdict(list)
+    for module in report.modules:
+        by_type[module.type].append(module)
+    for name in sorted(by_type, key=natural_key):
+        table.add_row(*_report_row(name, by_type[name]))
+    table.add_section()
+    table.add_row(*_report_row("all", report.modules), style="bold")
+    console = _console()
+    console.print(table)
+    for note in report.notes:
+        console.print(note, highlight=False, markup=False)
+    console.print(report.summary(), style="bold", highlight=False, markup=False)
+
+
+def _report_row(name: str, modules: Sequence[ModuleReport]) -> tuple[str, ...]:
+    before, after = sum(m.parameters_before for m in modules), sum(m.parameters_after for m in modules)
+    squared_norm = math.fsum(m.norm * m.norm for m in modules)
+    dropped = math.fsum(m.error_floor * m.error_floor for m in modules)
+    error = math.sqrt(math.fsum(m.error * m.error for m in modules))
+    return (
+        name,
+        f"×{len(modules)}",
+        f"{_span([m.rank_before for m in modules])} → {_span([m.rank_after for m in modules])}",
+        f"{before:,} → {after:,}",
+        f"{after / before:.1%}",
+        percent(1 - dropped / squared_norm) if squared_norm else "–",
+        f"{error / math.sqrt(squared_norm):.2e}" if squared_norm else "–",
+    )
+
+
+def inspection_tables(inspection: Inspection) -> None:
+    """Module types, then budgets."""
+    types = _table(
+        f"{inspection.modules} modules, {inspection.parameters:,} LoRA parameters, ‖ΔW‖ = {inspection.norm:.4g}"
+    )
+    for heading in ("type", "", "rank", "effective", "parameters", "share of energy", "σ₁", "zero"):
+        types.add_column(heading, justify="left" if heading == "type" else "right")
+    for t in inspection.types:
+        types.add_row(
+            t.type, f"×{t.modules}", str(t.rank), f"{t.effective_rank:.1f}", f"{t.parameters:,}", f"{t.energy:.1%}",
+            f"{t.sigma_max:.3g}", str(t.dead or ""),
+        )  # fmt: skip
+    budgets = _table("what a budget would keep")
+    for heading in ("budget", "parameters", "kept", "energy kept", "relative error"):
+        budgets.add_column(heading, justify="left" if heading == "budget" else "right")
+    for b in inspection.budgets:
+        budgets.add_row(
+            f"--{b.budget} {b.value:g}", f"{b.parameters:,}", f"{b.kept:.1%}", percent(b.energy), f"{b.error:.3g}"
+        )
+    console = _console()
+    console.print(types)
+    console.print(budgets)
+
+
+def verification_table(verification: Verification) -> None:
+    """Per module type and in all: ranks, energy kept, relative error."""
+    table = _table(None)
+    for heading in ("modules", "", "rank", "energy kept", "error ‖ΔW−ΔW'‖/‖ΔW‖", "worst module"):
+        table.add_column(heading, justify="left" if heading in ("modules", "worst module") else "right")
+    by_type: dict[str, list[ModuleVerification]] = defaultdict(list)
+    for module in verification.modules:
+        by_type[module.type].append(module)
+    for name in sorted(by_type, key=natural_key):
+        table.add_row(*_verification_row(name, by_type[name]))
+    table.add_section()
+    table.add_row(*_verification_row("all", verification.modules), style="bold")
+    _console().print(table)
+
+
+def _verification_row(name: str, modules: Sequence[ModuleVerification]) -> tuple[str, ...]:
+    norm = math.sqrt(math.fsum(m.norm * m.norm for m in modules))
+    error = math.sqrt(math.fsum(m.error * m.error for m in modules))
+    worst = max(modules, key=lambda m: m.error)
+    return (
+        name,
+        f"×{len(modules)}",
+        f"{_span([m.rank_before for m in modules])} → {_span([m.rank_after for m in modules])}",
+        percent(max(0.0, 1 - (error / norm) ** 2)) if norm else "–",
+        f"{error / norm:.3e}" if norm else f"{error:.3e}",
+        worst.name if worst.error else "–",
+    )
+
+
+def _span(ranks: Sequence[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _table(title: str | None) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+
+
+def _console() -> Console:
+    console = Console()
+    # In a pipe there is no width to fit into; cutting columns would lose what the reader asked for.
+    return console if console.is_terminal else Console(width=max(console.width, 160))
