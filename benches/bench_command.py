@@ -23,6 +23,7 @@ from shapes import LLAMA_3_8B, trained_like
 import para_ext
 
 RUNS = 5
+PLAIN = Path(__file__).with_name("plain_torch.py")
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -69,7 +70,7 @@ def test_command(adapter: Path, tmp_path: Path) -> None:
     ours, plain = tmp_path / "ours", tmp_path / "plain"
     commands = {
         "para-ext": [sys.executable, "-m", "para_ext.cli", "compress", str(adapter), str(ours), "--keep", "0.25"],
-        "plain torch": [sys.executable, str(Path(__file__).with_name("plain_torch.py")), str(adapter), str(plain), "0.25"],
+        "plain torch": [sys.executable, str(PLAIN), str(adapter), str(plain), "0.25"],
         "import torch": [sys.executable, "-c", "import torch"],
     }  # fmt: skip
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}

@@ -27,17 +27,17 @@ def compress_pairs(pairs: Sequence[Pair], keep: float) -> list[tuple[Tensor, Ten
         Q_A, R_A = torch.linalg.qr(A.float().mT)
         U, S, Vh = torch.linalg.svd(scale * R_B @ R_A.mT)
         decomposed.append((Q_B, U, S, Vh, Q_A))
-    scores = torch.cat([S.square() / (len(B) + A.shape[1]) for (B, A, _), (*_, S, _, _) in zip(pairs, decomposed)])
-    costs = torch.cat([torch.full_like(S, len(B) + A.shape[1]) for (B, A, _), (*_, S, _, _) in zip(pairs, decomposed)])
+    spectra = [S for _, _, S, _, _ in decomposed]
+    costs = torch.cat([torch.full_like(S, len(B) + A.shape[1]) for (B, A, _), S in zip(pairs, spectra, strict=True)])
+    scores = torch.cat(spectra).square() / costs
     order = scores.argsort(descending=True)
     budget = keep * sum(B.numel() + A.numel() for B, A, _ in pairs)
     taken = order[costs[order].double().cumsum(0) <= budget]
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen[taken] = True
     new = []
-    for (B, A, _), (Q_B, U, S, Vh, Q_A), mine in zip(
-        pairs, decomposed, chosen.split([len(S) for *_, S, _, _ in decomposed])
-    ):
+    chosen_by_module = chosen.split([len(S) for S in spectra])
+    for (B, A, _), (Q_B, U, S, Vh, Q_A), mine in zip(pairs, decomposed, chosen_by_module, strict=True):
         k = int(mine.sum())
         root = S[:k].sqrt()
         new.append(((Q_B @ (U[:, :k] * root)).to(B.dtype), ((root[:, None] * Vh[:k]) @ Q_A.mT).to(A.dtype)))
@@ -51,7 +51,7 @@ def main(adapter: Path, out: Path, keep: float) -> None:
     names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     scale = config["lora_alpha"] / config["r"]
     new = compress_pairs([(tensors[f"{n}.lora_B.weight"], tensors[f"{n}.lora_A.weight"], scale) for n in names], keep)
-    kept = {name: pair for name, pair in zip(names, new) if len(pair[1])}
+    kept = {name: pair for name, pair in zip(names, new, strict=True) if len(pair[1])}
     ranks = {name.removeprefix("base_model.model."): len(A) for name, (_, A) in kept.items()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(

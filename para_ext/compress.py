@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from .verification import Verification, compare
 Source = str | Path | nn.Module | Iterable[LoraFactors]
 Progress = Callable[[str], None]
 
-# The text that the safetensors header gets is padded to this length, so that `size` budgets can count it beforehand.
+# The text that the safetensors header gets takes this many bytes there, so that `size` budgets can count it beforehand.
 _HEADER_TEXT = 512
 
 
@@ -98,6 +98,14 @@ def compress_model(
     return _report(decomposition, plan, new, source=type(model).__name__, start=start)
 
 
+@overload
+def compress_adapter(
+    source: str | Path, out: str | Path, *, keep: float | str | None = None, **options: Any
+) -> Report: ...
+@overload
+def compress_adapter(
+    source: str | Path, out: str | Path, *, keep: list[float | str], **options: Any
+) -> list[Report]: ...
 def compress_adapter(
     source: str | Path,
     out: str | Path,
@@ -110,9 +118,9 @@ def compress_adapter(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
-    keep: float | str | Sequence[float | str] | None = None,
+    keep: float | str | list[float | str] | None = None,
     **budget: Any,
-) -> Any:
+) -> Report | list[Report]:
     """Compress an adapter folder into another one.
 
     Args:
@@ -139,10 +147,10 @@ def compress_adapter(
     source, out = Path(source), Path(out)
     if target != "peft":
         raise ParaError(f"target '{target}' is unknown; use peft")
-    keeps = list(keep) if isinstance(keep, list | tuple) else [keep]
+    several = isinstance(keep, list)
+    keeps = keep if isinstance(keep, list) else [keep]
     if not keeps:
         raise ParaError("keep is an empty list; give at least one fraction such as 0.25")
-    several = isinstance(keep, list | tuple)
 
     say("reading")
     adapter = read_adapter(source)
@@ -265,7 +273,8 @@ def _write(
         "energy": report.energy,
         "error": report.error,
     }
-    text = json.dumps(header).ljust(_HEADER_TEXT)
+    text = json.dumps(header)
+    text = text.ljust(_HEADER_TEXT - text.count('"'))  # the header escapes quotes
     sidecar = {"source_sha256": digest.result(), **report.to_dict()}
     factors = [
         replace(f, B=f.B.cpu(), A=f.A.cpu()) if f.B.device.type != "cpu" else f for f in _named(decomposition, new)

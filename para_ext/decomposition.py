@@ -14,7 +14,7 @@ import torch
 from .backends import Backend, Truncated
 from .certificate import difference
 from .errors import ParaError
-from .factors import LoraFactors, check_factors, dtype_name
+from .factors import DTYPES, LoraFactors, check_factors, dtype_name
 from .plan import Plan
 from .pool import map_single_threaded
 from .spectra import ModuleSpectrum, Spectra
@@ -79,6 +79,10 @@ class Decomposition:
             ParaError: naming the module, if a value overflows ``dtype`` or too much of it is lost to subnormals.
         """
         ranks = self._ranks(plan.ranks if isinstance(plan, Plan) else plan)
+        if dtype is not None and dtype not in DTYPES:
+            raise ParaError(f"dtype {dtype_name(dtype)} is not one of float32, float16, bfloat16 and float64")
+        if dtype == torch.float64 and "cpu" in self.backends:
+            raise ParaError("the native core does not write float64; decompose with backend='torch' for that")
         results: list[Truncated | None] = [None] * len(self.factors)
         unchanged = [i for i, f in enumerate(self.factors) if ranks[i] == f.rank]
 

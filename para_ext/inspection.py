@@ -64,7 +64,7 @@ def inspect(spectra: Spectra) -> Inspection:
     """Summarise per module type, and what common budgets would keep."""
     by_type: dict[str, list[ModuleSpectrum]] = defaultdict(list)
     for module in spectra.modules:
-        by_type[module_type(module.group or module.name)].append(module)
+        by_type[module_type(module.name)].append(module)
     budgets = []
     for name, values in (("energy", ENERGIES), ("keep", KEEPS)):
         for value in values:

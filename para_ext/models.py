@@ -99,9 +99,15 @@ class _Site:
         A_blocks = A.chunk(self.blocks)
         B_blocks = [B[:, i :: self.blocks] for i in range(self.blocks)] if self.interleaved else B.chunk(self.blocks)
         for i, (B_i, A_i) in enumerate(zip(B_blocks, A_blocks, strict=True)):
-            name = self.name if self.blocks == 1 else f"{self.name}.{i}"
             group = self.group if self.blocks == 1 else self.group or self.name
-            yield LoraFactors(name, B_i, A_i, self.nominal, group, self.min_rank)
+            yield LoraFactors(self.member(i), B_i, A_i, self.nominal, group, self.min_rank)
+
+    def member(self, i: int) -> str:
+        """The name of block i: ``experts.3.down_proj`` for an expert, ``conv.3`` for a group of a convolution."""
+        if self.blocks == 1:
+            return self.name
+        module, _, leaf = self.name.rpartition(".")
+        return f"{module}.{i}.{leaf}" if self.interleaved else f"{self.name}.{i}"
 
     def parameters(self) -> Iterator[Tensor | None]:
         for slot in (self.A, self.B):

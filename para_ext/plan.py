@@ -423,9 +423,7 @@ def _cells(modules: Sequence[ModuleSpectrum], uniform: str | None) -> list[_Cell
 
     for module in modules:
         if uniform is not None:
-            parent[root(node_of(module))] = root(
-                ("type", module_type(module.group or module.name) if uniform == "type" else None)
-            )
+            parent[root(node_of(module))] = root(("type", module_type(module.name) if uniform == "type" else None))
     cells: defaultdict[object, list[ModuleSpectrum]] = defaultdict(list)
     for module in sorted(modules, key=lambda m: natural_key(m.name)):
         cells[root(node_of(module))].append(module)

@@ -27,7 +27,7 @@ def plot_spectra(spectra: Spectra, path: Path, title: str) -> None:
 
     by_type: dict[str, list[ModuleSpectrum]] = defaultdict(list)
     for module in spectra.modules:
-        by_type[module_type(module.group or module.name)].append(module)
+        by_type[module_type(module.name)].append(module)
     for color, (name, modules) in enumerate(sorted(by_type.items())):
         for i, module in enumerate(modules):
             positive = [s for s in module.sigma if s > 0]

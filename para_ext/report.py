@@ -160,7 +160,7 @@ def module_reports(spectra: Spectra, plan: Plan, errors: Sequence[float]) -> tup
         reports.append(
             ModuleReport(
                 name=module.name,
-                type=module_type(module.group or module.name),
+                type=module_type(module.name),
                 m=module.m,
                 n=module.n,
                 rank_before=module.rank,

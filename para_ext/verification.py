@@ -93,9 +93,7 @@ def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threa
         error = difference(f.B, f.A, f.scale, B2, g.A)
         if not math.isfinite(error):
             raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with a wider --dtype")
-        return ModuleVerification(
-            name, module_type(known.group or name), f.rank, g.rank, norm(f.B, f.A, f.scale), error
-        )
+        return ModuleVerification(name, module_type(name), f.rank, g.rank, norm(f.B, f.A, f.scale), error)
 
     names = [*left, *(name for name in right if name not in left)]
     return Verification(

@@ -734,7 +734,7 @@ def test_expert_pairs_are_the_wrappers_own_deltas() -> None:
     model = CASES["experts"].model()
     name = "model.layers.1.mlp.experts.gate_up_proj"
     pairs = [f for f in read_model(model).factors if f.group == name]
-    assert [f.name for f in pairs] == [f"{name}.{e}" for e in range(3)]
+    assert [f.name for f in pairs] == [name.replace("gate", f"{e}.gate") for e in range(3)]
     wrapper = [w for w in lora_layers(model).values() if getattr(w, "parameter_name", "") == "gate_up_proj"][1]
     delta = wrapper.get_delta_weight("default").detach()
     assert torch.allclose(torch.stack([f.scale * f.B @ f.A for f in pairs]), delta)

@@ -1,8 +1,8 @@
 // Stage 1: B [m, r], A [r, n] → R_B, R_A, M = scale · R_B · R_Aᵀ.
 //
 // R comes from a Gram matrix accumulated in fp64 (exact products of ≤ 32-bit data; chains of CHAIN rows, panels of
-// CHUNK, partial sums of panels added in a fixed pairwise tree) by a pivoted Cholesky of the Gram matrix scaled to a
-// unit-like diagonal by powers of two: only the column-scaled condition number counts (Demmel & Veselić 1992; van der
+// CHUNK, partial sums of panels added in a fixed pairwise tree) by a pivoted Cholesky of the Gram matrix, its diagonal
+// scaled to [1, 4) by powers of two: only the column-scaled condition number counts (Demmel & Veselić 1992; van der
 // Sluis 1969), and scaling columns by powers of two changes no bit.
 #pragma once
 

@@ -1,0 +1,362 @@
+"""The command line: what it prints, its exit codes, and that every refusal is one line that leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import contents, factors, write_adapter
+from safetensors.torch import load_file, save_file
+
+from para_ext import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["para-ext", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code
+        shown = capsys.readouterr()
+        return code or 0, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter")
+
+
+def test_help_is_quick_and_without_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['para-ext', '--help']\n"
+        "from para_ext.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        seconds.append(time.perf_counter() - start)
+        assert shown.endswith("False False\n")
+        assert "compress" in shown
+    bare = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+        bare.append(time.perf_counter() - start)
+    # 0.3 s on a quiet machine; a busy one is as slow at starting Python at all.
+    assert statistics.median(seconds) < max(0.3, 12 * statistics.median(bare))
+
+
+@pytest.mark.parametrize("command", ["inspect", "compress", "verify", "info"])
+def test_every_command_has_help(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "--json" in out
+
+
+def test_compress_prints_table_and_summary(run: Run, adapter: Path, tmp_path: Path) -> None:
+    code, out, err = run("compress", adapter, tmp_path / "small", "--keep", "40%")
+    assert code == 0
+    assert err == ""
+    lines = out.splitlines()
+    for name in ("q_proj", "v_proj", "up", "all"):
+        assert any(line.split()[:1] == [name] for line in lines)
+    assert all(word in lines[-1] for word in ("ranks ", "parameters", "→", "energy kept ", "threshold ", " s"))
+
+
+def test_low_energy_is_said_with_the_keep_that_would_do(run: Run, adapter: Path, tmp_path: Path) -> None:
+    _, out, _ = run("compress", adapter, tmp_path / "tiny", "--keep", "0.05")
+    assert "Energy kept is below 90%; --keep " in out
+    keep = out.split("--keep ")[1].split()[0]
+    code, out, _ = run("compress", adapter, tmp_path / "better", "--keep", keep, "--json")
+    assert code == 0
+    assert json.loads(out)["energy"] >= 0.95
+
+
+def test_json_and_report_file(run: Run, adapter: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    code, out, _ = run("compress", adapter, tmp_path / "small", "--json", "--report", report)
+    assert code == 0
+    document = json.loads(out)
+    assert json.loads(report.read_text()) == document
+    assert document["plan"]["budget"] == "energy"
+    assert document["energy"] >= 0.95
+    assert len(document["modules"]) == 9
+    code, _, err = run("compress", adapter, tmp_path / "other", "--report", report)
+    assert code == 1
+    assert "exists" in err
+
+
+def test_several_keeps(run: Run, adapter: Path, tmp_path: Path) -> None:
+    code, out, _ = run("compress", adapter, tmp_path / "many", "--keep", "0.5", "--keep", "10%", "--json")
+    assert code == 0
+    assert [Path(r["output"]).name for r in json.loads(out)] == ["keep-0.5", "keep-0.1"]
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["keep-0.1", "keep-0.5"]
+
+
+def test_dry_run_writes_nothing(run: Run, adapter: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = run("compress", adapter, tmp_path / "small", "--size", "20kB", "--dry-run")
+    assert code == 0
+    assert "energy kept" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite(run: Run, adapter: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    assert run("compress", adapter, small, "--keep", "0.5")[0] == 0
+    first = contents(small)
+    code, _, err = run("compress", adapter, small, "--keep", "0.25")
+    assert code == 1
+    assert "--overwrite" in err
+    assert contents(small) == first
+    assert run("compress", adapter, small, "--keep", "0.25", "--overwrite")[0] == 0
+    assert contents(small) != first
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", "fp16", "float32", "same"])
+def test_dtype(run: Run, adapter: Path, tmp_path: Path, dtype: str) -> None:
+    assert run("compress", adapter, tmp_path / "small", "--dtype", dtype)[0] == 0
+    expected = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+    assert {t.dtype for t in load_file(tmp_path / "small" / "adapter_model.safetensors").values()} == {expected}
+
+
+def test_shaping_options(run: Run, adapter: Path, tmp_path: Path) -> None:
+    code, out, _ = run(
+        "compress", adapter, tmp_path / "small", "--keep", "0.5", "--allowed-ranks", "2,4,8", "--max-rank", "4",
+        "--min-rank", "2", "--score", "sigma", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert set(json.loads(out)["plan"]["ranks"].values()) <= {2, 4}
+    code, out, _ = run("compress", adapter, tmp_path / "uniform", "--keep", "0.5", "--uniform", "all", "--json")
+    assert set(json.loads(out)["plan"]["ranks"].values()) == {4}
+
+
+def test_verify_sets_the_exit_code(run: Run, adapter: Path, tmp_path: Path) -> None:
+    run("compress", adapter, tmp_path / "small", "--energy", "0.95")
+    assert run("verify", adapter, tmp_path / "small")[0] == 0
+    assert run("verify", adapter, tmp_path / "small", "--min-energy", "0.9", "--max-error", "0.3")[0] == 0
+    code, out, err = run("verify", adapter, tmp_path / "small", "--min-energy", "0.9999")
+    assert code == 1
+    assert "less than --min-energy" in err
+    assert "q_proj" in out
+    code, out, _ = run("verify", adapter, tmp_path / "small", "--max-error", "0.001", "--json")
+    assert code == 1
+    assert 0.95 <= json.loads(out)["energy"] < 1
+    code, out, _ = run("verify", adapter, adapter, "--max-error", "0")
+    assert code == 0
+
+
+def test_verify_of_another_model_is_refused(run: Run, adapter: Path, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "other", [(name, B[:-1], A) for name, B, A in factors()])
+    code, _, err = run("verify", adapter, other)
+    assert code == 1
+    assert "same base model" in err
+
+
+def test_inspect(run: Run, adapter: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    code, out, _ = run("inspect", adapter)
+    assert code == 0
+    assert "--energy 0.95" in out
+    assert "q_proj" in out
+    code, out, _ = run("inspect", adapter, "--json")
+    document = json.loads(out)
+    assert document["modules"] == 9
+    assert sum(t["energy"] for t in document["types"]) == pytest.approx(1)
+    assert contents(tmp_path) == before
+
+
+def test_plot(run: Run, adapter: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert run("inspect", adapter, "--plot", tmp_path / "spectra.png")[0] == 0
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run("inspect", adapter, "--plot", tmp_path / "spectra.nonsense")
+    assert code == 1
+    assert "cannot be drawn" in err
+
+
+def test_info(run: Run) -> None:
+    code, out, _ = run("info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert "torch" in facts["backends"]
+    assert facts["CUDA"]
+    assert "native core" in run("info")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("compress",), ("compress", "a", "b", "--kee", "0.5"), ("compress", "a", "b", "--score", "x"), ("nonsense",)],
+    ids=" ".join,
+)
+def test_usage_errors_exit_2(run: Run, arguments: tuple[str, ...]) -> None:
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert "Usage:" in out + err
+
+
+# Bad input: each is one line that says what, where and what to do; nothing is written, nothing changed.
+
+
+def _damage(adapter: Path, kind: str) -> None:
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    settings, tensors = json.loads(config.read_text()), load_file(weights)
+    key = "base_model.model.layers.1.attn.q_proj.lora_B.weight"
+    metadata = {"format": "pt"}
+    if kind == "empty":
+        weights.write_bytes(b"")
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "lfs":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif kind == "nan":
+        tensors[key][0, 0] = torch.nan
+        save_file(tensors, weights, metadata)
+    elif kind == "shape":
+        tensors[key] = torch.zeros(48, 5)
+        save_file(tensors, weights, metadata)
+    elif kind == "no A":
+        del tensors[key.replace("lora_B", "lora_A")]
+        save_file(tensors, weights, metadata)
+    elif kind == "rank":
+        config.write_text(json.dumps(settings | {"r": 4}))
+    elif kind == "alpha":
+        config.write_text(json.dumps(settings | {"lora_alpha": "many"}))
+    elif kind == "type":
+        config.write_text(json.dumps(settings | {"peft_type": "LOKR"}))
+    elif kind == "adalora":
+        config.write_text(json.dumps(settings | {"peft_type": "ADALORA"}))
+    elif kind == "pissa":
+        config.write_text(json.dumps(settings | {"init_lora_weights": "pissa"}))
+    elif kind == "duplicate keys":
+        config.write_text(json.dumps(settings)[:-1] + ', "r": 4}')
+    elif kind == "double prefix":
+        save_file({f"base_model.model.{k}": t for k, t in tensors.items()}, weights, metadata)
+    elif kind == "no config":
+        config.unlink()
+    elif kind == "bad config":
+        config.write_text("{")
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "overflow":
+        save_file({k: t * 1e6 for k, t in tensors.items()}, weights, metadata)
+    elif kind == "underflow":
+        save_file({k: t * 1e-9 for k, t in tensors.items()}, weights, metadata)
+    elif kind == "pickle":
+        weights.unlink()
+        torch.save({"x": Path("evil")}, adapter / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("empty", "empty"), ("truncated", "safetensors"), ("lfs", "git lfs pull"), ("nan", "layers.1.attn.q_proj"),
+        ("shape", "layers.1.attn.q_proj"), ("no A", "layers.1.attn.q_proj"), ("rank", "rank"), ("alpha", "lora_alpha"),
+        ("type", "LOKR"), ("adalora", "ADALORA"), ("pissa", "pissa"), ("duplicate keys", "twice"),
+        ("double prefix", "base_model.model.base_model.model."), ("no config", "adapter_config.json"),
+        ("bad config", "adapter_config.json"), ("no weights", "adapter_model.safetensors"), ("overflow", "--dtype"),
+        ("underflow", "--dtype"), ("pickle", "pickle"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Run, adapter: Path, tmp_path: Path, kind: str, says: str
+) -> None:
+    _damage(adapter, kind)
+    before = contents(tmp_path)
+    code, out, err = run("compress", adapter, tmp_path / "small", "--keep", "0.5", "--dtype", "fp16")
+    assert code == 1
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("para-ext: ")
+    assert says.lower() in err.lower()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--keep", "0.5", "--rank", "2"), "one budget"),
+        (("--keep", "1.5"), "keep"),
+        (("--keep", "many"), "keep"),
+        (("--keep", "nan"), "keep"),
+        (("--energy", "2"), "energy"),
+        (("--rank", "0"), "rank"),
+        (("--threshold", "1e9"), "largest"),
+        (("--threshold", "1", "--score", "density"), "score"),
+        (("--size", "10"), "smallest feasible"),
+        (("--size", "ten"), "size"),
+        (("--params", "3"), "smallest feasible"),
+        (("--keep", "0.1", "--min-rank", "4"), "smallest feasible"),
+        (("--allowed-ranks", "two"), "4,8,16"),
+        (("--multiple-of", "16"), "multiple_of"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, tuple) else None,
+)
+def test_refused_budgets(run: Run, adapter: Path, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    code, _, err = run("compress", adapter, tmp_path / "small", *arguments)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert says in err
+    assert not (tmp_path / "small").exists()
+
+
+def test_missing_adapter_is_one_line(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("inspect", tmp_path / "nowhere")
+    assert code == 1
+    assert "does not exist" in err
+
+
+def test_output_on_the_input_is_refused(run: Run, adapter: Path) -> None:
+    before = contents(adapter)
+    for out in (adapter, adapter / "small", adapter.parent):
+        assert run("compress", adapter, out, "--overwrite")[0] == 1
+    assert contents(adapter) == before
+
+
+def test_no_space_left(run: Run, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = run("compress", adapter, tmp_path / "small")
+    assert code == 1
+    assert "no space left" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
+def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    code = (
+        "import os, signal, sys\n"
+        "from para_ext import cli\n"
+        "from para_ext.formats import output\n"
+        "output._flush = lambda folder: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.argv = ['para-ext', 'compress', {str(adapter)!r}, {str(tmp_path / 'small')!r}]\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "para-ext: interrupted; nothing was left half-written"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]

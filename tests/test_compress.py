@@ -1,0 +1,276 @@
+"""The public calls on small adapters: what is written, what the report says, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import contents, factors, write_adapter
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import para_ext
+from para_ext import LoraFactors, ParaError
+
+
+def dense(folder: Path) -> dict[str, Tensor]:
+    """ΔW of every module of a folder of linears, in fp64, by PEFT's rule for the scale."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key, A in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        rank = config["rank_pattern"].get(name, config["r"])
+        assert len(A) == rank
+        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+        found[name] = scale * tensors[key.replace("lora_A", "lora_B")].double() @ A.double()
+    return found
+
+
+def distance(original: dict[str, Tensor], new: dict[str, Tensor]) -> float:
+    assert set(new) <= set(original)
+    return math.sqrt(sum(float((W - new.get(name, torch.zeros(()))).square().sum()) for name, W in original.items()))
+
+
+BUDGETS: tuple[dict[str, Any], ...] = (
+    {}, {"keep": 0.4}, {"params": 3000}, {"size": "20kB"}, {"total_rank": 20}, {"threshold": 1.0}, {"rank": 3},
+    {"energy": 0.8, "multiple_of": 2},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_every_budget_end_to_end(tmp_path: Path, budget: dict[str, Any], rslora: bool) -> None:
+    adapter = write_adapter(tmp_path / "adapter", use_rslora=rslora)
+    before = contents(adapter)
+    report = para_ext.compress_adapter(adapter, tmp_path / "small", **budget)
+    assert contents(adapter) == before
+
+    original, new = dense(adapter), dense(tmp_path / "small")
+    assert {n for n, k in report.ranks.items() if k} == set(new)
+    optimum = math.sqrt(
+        sum(float(torch.linalg.svdvals(W)[report.ranks[n] :].square().sum()) for n, W in original.items())
+    )
+    true = distance(original, new)
+    assert true <= 1.001 * optimum + 1e-6
+    assert true <= report.error <= 1.01 * true + 1e-5
+    assert report.error_floor == pytest.approx(optimum, rel=1e-6, abs=1e-9)
+    assert para_ext.verify(adapter, tmp_path / "small").error == pytest.approx(true, rel=1e-6)
+    written = tmp_path / "small" / "adapter_model.safetensors"
+    assert report.bytes_after == written.stat().st_size
+    if "size" in budget:
+        assert report.bytes_after <= 20_000
+    parameters = sum(t.numel() for t in load_file(written).values())
+    assert parameters == report.parameters_after
+
+
+def test_what_lies_beside_the_tensors(tmp_path: Path) -> None:
+    head = {"base_model.model.classifier.weight": torch.randn(500, 32)}
+    adapter = write_adapter(tmp_path / "adapter", foreign=head, modules_to_save=["classifier"])
+    (adapter / "README.md").write_text("model card")
+    (adapter / "optimizer.pt").write_bytes(b"x")
+    report = para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.3)
+    assert sorted(contents(tmp_path / "small")) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "para_ext.json",
+    ]  # fmt: skip
+    assert any("optimizer.pt" in note for note in report.notes)
+    assert any("are not LoRA factors" in note for note in report.notes)
+    sidecar = json.loads((tmp_path / "small" / "para_ext.json").read_text())
+    assert sidecar["error"] == report.error
+    assert sidecar["bytes_after"] == report.bytes_after
+    with safe_open(tmp_path / "small" / "adapter_model.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["para_ext"])
+        assert torch.equal(file.get_tensor("base_model.model.classifier.weight"), *head.values())
+    assert record["source_sha256"] == sidecar["source_sha256"]
+    assert record["energy"] == report.energy
+
+
+def test_several_keeps_are_the_single_ones(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    reports = para_ext.compress_adapter(adapter, tmp_path / "many", keep=[0.5, "25%"])
+    assert [Path(r.output or "").name for r in reports] == ["keep-0.5", "keep-0.25"]
+    para_ext.compress_adapter(adapter, tmp_path / "one", keep=0.25)
+    many = contents(tmp_path / "many" / "keep-0.25")
+    one = contents(tmp_path / "one")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert many[name] == one[name]
+
+
+def test_several_keeps_with_one_impossible_write_nothing(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    with pytest.raises(ParaError, match="smallest feasible"):
+        para_ext.compress_adapter(adapter, tmp_path / "many", keep=[0.5, 1e-6])
+    assert not (tmp_path / "many").exists()
+
+
+def test_dry_run_predicts_and_writes_nothing(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    dry = para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.3, dry_run=True)
+    assert not (tmp_path / "small").exists()
+    wet = para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.3)
+    assert dry.ranks == wet.ranks
+    assert dry.bytes_after == wet.bytes_after
+    assert dry.error == pytest.approx(wet.error, rel=1e-3)
+
+
+def test_compressing_again_with_everything_kept_changes_no_tensor(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.4)
+    report = para_ext.compress_adapter(tmp_path / "small", tmp_path / "same", keep=1.0)
+    assert report.error == 0
+    small = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    same = load_file(tmp_path / "same" / "adapter_model.safetensors")
+    assert small.keys() == same.keys()
+    assert all(torch.equal(small[key], same[key]) for key in small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_output_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    report = para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.5, dtype=dtype)
+    tensors = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {dtype}
+    assert distance(dense(adapter), dense(tmp_path / "small")) <= report.error
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"), [(1e6, "exceeds the range of float16"), (1e-9, "too small for float16")], ids=str
+)
+def test_fp16_that_cannot_hold_it_is_refused(tmp_path: Path, scale: float, message: str) -> None:
+    pairs = [(name, B * scale, A * scale) for name, B, A in factors()]
+    adapter = write_adapter(tmp_path / "adapter", pairs)
+    with pytest.raises(ParaError, match=message):
+        para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.5, dtype=torch.float16)
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(("side", "value"), [("A", math.nan), ("B", math.inf)])
+def test_nan_and_infinity_are_refused_by_name(tmp_path: Path, side: str, value: float) -> None:
+    pairs = list(factors())
+    (pairs[4][1] if side == "B" else pairs[4][2])[2, 3] = value
+    adapter = write_adapter(tmp_path / "adapter", pairs)
+    with pytest.raises(ParaError, match=rf"'layers\.1\.attn\.v_proj': {side} holds"):
+        para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.5)
+    assert not (tmp_path / "small").exists()
+
+
+def test_an_untrained_adapter_is_one_pair_of_zeros(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", [(name, B * 0, A) for name, B, A in factors()])
+    report = para_ext.compress_adapter(adapter, tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert len(tensors) == 2
+    assert not any(t.any() for t in tensors.values())
+    assert report.error == 0
+    assert para_ext.verify(adapter, tmp_path / "small").error == 0
+
+
+def test_backends_agree(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    reports = [
+        para_ext.compress_adapter(adapter, tmp_path / str(backend), keep=0.3, backend=backend)
+        for backend in (None, "torch")
+    ]
+    assert reports[0].ranks == reports[1].ranks
+    assert reports[0].error == pytest.approx(reports[1].error, rel=1e-4)
+    assert distance(dense(tmp_path / "None"), dense(tmp_path / "torch")) < 1e-5 * reports[0].norm
+
+
+def test_components_equal_within_rounding_are_named() -> None:
+    Q = torch.linalg.qr(torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    B = (Q * torch.tensor([8, 4, 2, 1, 1, 0.5, 0.25, 0.1])).float()
+    d = para_ext.decompose([LoraFactors("a", B, torch.eye(8)), LoraFactors("b", B.flip(0), torch.eye(8))])
+    plan = d.spectra.plan(total_rank=7)
+    from para_ext.report import undecided_components
+
+    doubtful = undecided_components(d.spectra, plan, d.betas)
+    assert doubtful
+    assert all(name in ("a[3]", "a[4]", "b[3]", "b[4]") for name in doubtful)
+    assert not undecided_components(d.spectra, d.spectra.plan(total_rank=4), d.betas)
+
+
+def test_decompose_plan_truncate_on_factors() -> None:
+    given = [LoraFactors(name, B, A, 2.0) for name, B, A in factors()]
+    d = para_ext.decompose(given)
+    plan = d.spectra.plan(keep=0.3)
+    new = d.truncate(plan)
+    assert [f.name for f in new] == [f.name for f in given]
+    assert all(f.rank == plan.ranks[f.name] and f.scale == 1 for f in new)
+    assert para_ext.verify(given, new).error == pytest.approx(plan.error, rel=1e-5)
+    with pytest.raises(ParaError, match="not for this adapter"):
+        d.truncate({"nothing": 1})
+    with pytest.raises(ParaError, match="does not write float64"):
+        d.truncate(plan, torch.float64)
+    with pytest.raises(ParaError, match="is not one of"):
+        d.truncate(plan, torch.int8)
+
+
+def test_mixed_precisions_in_one_call() -> None:
+    dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+    given = [
+        LoraFactors(name, B.to(dtypes[i % 4]), A.to(dtypes[i % 4]), 0.5) for i, (name, B, A) in enumerate(factors())
+    ]
+    d = para_ext.decompose(given)
+    new = d.truncate(d.spectra.plan(keep=0.5))
+    assert [f.A.dtype for f in new] == [f.A.dtype for f in given]
+    if "cpu" in d.backends:
+        assert set(d.backends) == {"cpu", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (LoraFactors("x", torch.zeros(4, 2), torch.zeros(3, 5)), r"B is \[4, 2\] and A is \[3, 5\]"),
+        (LoraFactors("x", torch.zeros(4), torch.zeros(3, 5)), "must be"),
+        (LoraFactors("x", torch.zeros(4, 0), torch.zeros(0, 5)), "no dimension may be 0"),
+        (LoraFactors("x", torch.zeros(4, 2).int(), torch.zeros(2, 5)), "has dtype int32"),
+        (LoraFactors("x", torch.zeros(4, 2, device="meta"), torch.zeros(2, 5)), "holds no dense data"),
+        (LoraFactors("x", torch.zeros(4, 2), torch.zeros(2, 5), math.nan), "its scale is nan"),
+    ],
+)
+def test_malformed_factors_are_refused(factor: LoraFactors, message: str) -> None:
+    with pytest.raises(ParaError, match=f"module 'x'.*{message}"):
+        para_ext.decompose([factor])
+
+
+def test_a_module_given_twice_is_refused() -> None:
+    f = LoraFactors("x", torch.ones(4, 2), torch.ones(2, 5))
+    with pytest.raises(ParaError, match="'x' is given twice"):
+        para_ext.decompose([f, f])
+
+
+def test_unknown_backend_device_and_target_are_refused(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    with pytest.raises(ParaError, match="backend 'abacus' is unknown"):
+        para_ext.decompose(adapter, backend="abacus")
+    with pytest.raises(ParaError, match="device 'tpu' is unknown"):
+        para_ext.decompose(adapter, device="tpu")
+    with pytest.raises(ParaError, match="target 'wax' is unknown"):
+        para_ext.compress_adapter(adapter, tmp_path / "out", target="wax")
+    if not torch.cuda.is_available():
+        with pytest.raises(ParaError, match="no CUDA device"):
+            para_ext.decompose(adapter, device="cuda")
+
+
+def test_importing_para_ext_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, para_ext; para_ext.__version__; "
+        "print([m for m in ('torch', 'peft', 'transformers', 'matplotlib', 'numpy') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_public_names() -> None:
+    assert set(para_ext.__all__) == set(dir(para_ext))
+    assert all(getattr(para_ext, name) is not None for name in para_ext.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        para_ext.nonsense  # noqa: B018
