@@ -48,6 +48,7 @@ class Settings:
 
     seed: int = 0
     test_rows: int = 1500
+    train_rows: int = 5000
     max_tokens: int = 64
     head_decay: float = 1e-3
     rank: int = 32
@@ -148,8 +149,9 @@ def load_reviews(settings: Settings) -> tuple[Reviews, Reviews]:
     texts = [row["text"] for row in unique]
     tokens = tokenizer(texts, truncation=True, max_length=settings.max_tokens)["input_ids"]
     labels = torch.tensor([float(row["label"]) for row in unique])
-    cut = settings.test_rows
-    return Reviews(tokens[cut:], labels[cut:]), Reviews(tokens[:cut], labels[:cut])
+    test = slice(settings.test_rows)
+    train = slice(settings.test_rows, settings.test_rows + settings.train_rows)
+    return Reviews(tokens[train], labels[train]), Reviews(tokens[test], labels[test])
 
 
 def evaluate(function: Callable[[Tensor, Tensor], Tensor], reviews: Reviews) -> Tensor:

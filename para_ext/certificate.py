@@ -90,9 +90,9 @@ def blocked(X: Tensor) -> tuple[Tensor, Tensor]:
     """X [m, p] as blocks [count, rows, p] and the rest [< rows, p], or all of X as the rest where one block is enough.
 
     LAPACK's column norms lose up to u·m/100 (measured on constant columns: 1500 u at m = 128256), and our bounds allow
-    30·p·u; a few levels of blocks of 128·p rows stay a tenth of that.
+    30·p·u; a few levels of blocks of 64·p rows stay a tenth of that.
     """
-    rows = 128 * X.shape[1]
+    rows = 64 * X.shape[1]
     whole = len(X) // rows * rows if len(X) > rows else 0
     return X[:whole].reshape(-1, rows, X.shape[1]), X[whole:]
 

@@ -217,10 +217,11 @@ def _report(
     predicted = [plan.errors[module.name] for module in spectra.modules]
     errors = predicted if new is None else [t.error for t in new]
     notes = []
-    if any(f.min_rank for f in decomposition.factors):
+    floored = sum(f.min_rank > 0 for f in decomposition.factors)
+    if floored:
         notes.append(
-            "Modules with DoRA or a bias of their own keep rank ≥ 1; DoRA errors are those of B·A, not of the "
-            "normalised weight."
+            f"{floored} modules keep rank ≥ 1, for without them more than ΔW would go (DoRA, a bias or other weights of "
+            "their own); with DoRA the error is that of B·A, not of the normalised weight."
         )
     if plan.energy < LOW_ENERGY:
         better = spectra.plan(energy=GOOD_ENERGY, score=plan.score)

@@ -73,47 +73,75 @@ struct F16 {
     }
 };
 
-// out [count, width] ← rows first … first+count of a matrix [·, r], zero-padded to width. A matrix whose rows lie
-// apart (A transposed: columns of A are rows here) is read along its contiguous side.
+// Eight elements that lie side by side, as fp64.
 template <class T>
-void pack(const typename T::Storage* x, int64_t row_stride, int64_t col_stride, int64_t first, int64_t count, int64_t r,
-          int64_t width, double* out) {
+inline void read_eight(const typename T::Storage* from, double* to) {
+    for (int64_t i = 0; i < LANES; ++i) to[i] = T::read(from[i]);
+}
+
+// out [count, width] ← rows first … first+count of x [·, columns], zero-padded to width. A matrix whose elements lie
+// side by side along its columns (A transposed: A's columns are rows here) is read that way, in blocks of 8 × 8.
+template <class T>
+void pack(const typename T::Storage* x, int64_t row_stride, int64_t col_stride, int64_t first, int64_t count,
+          int64_t columns, int64_t width, double* out) {
     x += first * row_stride;
     if (col_stride == 1) {
         for (int64_t i = 0; i < count; ++i) {
             const typename T::Storage* row = x + i * row_stride;
             double* to = out + i * width;
-            for (int64_t j = 0; j < r; ++j) to[j] = T::read(row[j]);
-            for (int64_t j = r; j < width; ++j) to[j] = 0;
+            int64_t j = 0;
+            for (; j + LANES <= columns; j += LANES) read_eight<T>(row + j, to + j);
+            for (; j < columns; ++j) to[j] = T::read(row[j]);
+            for (; j < width; ++j) to[j] = 0;
         }
         return;
     }
-    // Eight columns at a time, so that the writes of one row share a cache line.
     for (int64_t j = 0; j < width; j += LANES) {
-        const int64_t columns = r - j < LANES ? (r - j < 0 ? 0 : r - j) : LANES;
-        for (int64_t i = 0; i < count; ++i) {
+        const int64_t given = columns - j < LANES ? columns - j : LANES;
+        int64_t i = 0;
+        if (row_stride == 1 && given == LANES) {
+            for (; i + LANES <= count; i += LANES) {
+                double block[LANES * LANES];
+                for (int64_t c = 0; c < LANES; ++c) read_eight<T>(x + i + (j + c) * col_stride, block + c * LANES);
+                transpose_eight(block, LANES, out + i * width + j, width);
+            }
+        }
+        for (; i < count; ++i) {
             double* to = out + i * width + j;
-            const typename T::Storage* from = x + i * row_stride + j * col_stride;
-            int64_t c = 0;
-            for (; c < columns; ++c) to[c] = T::read(from[c * col_stride]);
-            for (; c < LANES; ++c) to[c] = 0;
+            for (int64_t c = 0; c < LANES; ++c) {
+                to[c] = c < given ? T::read(x[i * row_stride + (j + c) * col_stride]) : 0;
+            }
         }
     }
 }
 
+// The same of a factor, or of its transpose.
 inline void pack(const Matrix& x, bool transposed, int64_t first, int64_t count, int64_t width, double* out) {
     const int64_t row_stride = transposed ? x.col_stride : x.row_stride;
     const int64_t col_stride = transposed ? x.row_stride : x.col_stride;
-    const int64_t r = transposed ? x.rows : x.cols;
+    const int64_t columns = transposed ? x.rows : x.cols;
     switch (x.dtype) {
         case DType::f32:
-            return pack<F32>(static_cast<const float*>(x.data), row_stride, col_stride, first, count, r, width, out);
+            return pack<F32>(static_cast<const float*>(x.data), row_stride, col_stride, first, count, columns, width,
+                             out);
         case DType::f16:
-            return pack<F16>(static_cast<const uint16_t*>(x.data), row_stride, col_stride, first, count, r, width, out);
+            return pack<F16>(static_cast<const uint16_t*>(x.data), row_stride, col_stride, first, count, columns, width,
+                             out);
         case DType::bf16:
-            return pack<BF16>(static_cast<const uint16_t*>(x.data), row_stride, col_stride, first, count, r, width,
-                              out);
+            return pack<BF16>(static_cast<const uint16_t*>(x.data), row_stride, col_stride, first, count, columns,
+                              width, out);
     }
+}
+
+// Columns first … first+count of x, all of its rows: out [rows, width] with width ≥ count.
+inline void pack_columns(const Matrix& x, int64_t first, int64_t count, int64_t width, double* out) {
+    const Matrix part = {static_cast<const char*>(x.data) + first * x.col_stride * (x.dtype == DType::f32 ? 4 : 2),
+                         x.rows,
+                         count,
+                         x.row_stride,
+                         x.col_stride,
+                         x.dtype};
+    pack(part, false, 0, x.rows, width, out);
 }
 
 // to[i] ← from[i] rounded to storage; squared[i] receives the squared rounding error.

@@ -29,19 +29,20 @@ inline double round_to_bits(double x, int bits) {
     return x;
 }
 
-// out [count, width] ← x [count, r] (rows x_width apart) · t [r, width], r products exact in fp64.
-inline void thin_product(const double* x, int64_t x_width, int64_t count, const double* t, int64_t r, int64_t width,
-                         double* out) {
+// out [count, width] ← X · Y, all packed; products exact in fp64. X's element (i, j) lies at x[i·x_row + j·x_col],
+// Y [inner, width].
+inline void thin_product(const double* x, int64_t x_row, int64_t x_col, int64_t count, const double* y, int64_t inner,
+                         int64_t width, double* out) {
     for (int64_t i = 0; i < count; i += TILE) {
         const int64_t rows = count - i < TILE ? count - i : TILE;
         const double* line[TILE];
-        for (int64_t s = 0; s < TILE; ++s) line[s] = x + (i + (s < rows ? s : 0)) * x_width;
+        for (int64_t s = 0; s < TILE; ++s) line[s] = x + (i + (s < rows ? s : 0)) * x_row;
         for (int64_t c = 0; c < width; c += LANES) {
             Vec acc[TILE];
             for (Vec& a : acc) a = splat(0);
-            for (int64_t j = 0; j < r; ++j) {
-                const Vec right = load(t + j * width + c);
-                for (int64_t s = 0; s < TILE; ++s) acc[s] = fma_exact(splat(line[s][j]), right, acc[s]);
+            for (int64_t j = 0; j < inner; ++j) {
+                const Vec right = load(y + j * width + c);
+                for (int64_t s = 0; s < TILE; ++s) acc[s] = fma_exact(splat(line[s][j * x_col]), right, acc[s]);
             }
             for (int64_t s = 0; s < rows; ++s) store(out + (i + s) * width + c, acc[s]);
         }
@@ -131,38 +132,49 @@ inline double lost_norm(const Core& core, const double* y, const double* z, int6
     return std::sqrt(squared);
 }
 
+constexpr int64_t BLOCK = 64;  // rows of B, columns of A at a time: with r = 64 their panel fills the L1 cache
+
 inline int64_t truncate_scratch(const Problem& p) {
     const int64_t r = p.rank(), width = round_up(p.k, LANES);
-    return CHUNK * round_up(r, LANES) + CHUNK * width + 2 * CHUNK + width + 4 * r * width + 2 * width;
+    return BLOCK * round_up(r, LANES) + 2 * BLOCK * width + 4 * r * width + 2 * width;
 }
 
-// Writes the product of one factor (of its transpose, into a transposed matrix) with t [r, width]. squared [width]
-// receives, per component, the squared norm of what rounding to storage changed.
-inline void write_product(const Problem& p, bool is_a, const double* t, int64_t width, double* scratch,
-                          double* squared) {
-    const Matrix& x = is_a ? p.a : p.b;
-    void* out = is_a ? p.new_a : p.new_b;
-    const int64_t rows = is_a ? x.cols : x.rows, r = p.rank(), panel_width = round_up(r, LANES);
+// B' ← B · T_B, T_B [r, width]. squared [width] receives, per component, the squared norm of what rounding to storage
+// changed. Scratch: panel [BLOCK, r], block and errors [BLOCK, width] each.
+inline void write_b(const Problem& p, const double* t_b, int64_t width, double* scratch, double* squared) {
+    const int64_t r = p.rank(), k = p.k, panel_width = round_up(r, LANES);
     double* panel = scratch;
-    double* block = panel + CHUNK * panel_width;
-    double* line = block + CHUNK * width;
-    double* errors = line + CHUNK;  // [max(CHUNK, width)]
-    for (int64_t c = 0; c < width; ++c) squared[c] = 0;
-    for (int64_t first = 0; first < rows; first += CHUNK) {
-        const int64_t count = rows - first < CHUNK ? rows - first : CHUNK;
-        pack(x, is_a, first, count, panel_width, panel);
-        thin_product(panel, panel_width, count, t, r, width, block);
-        if (is_a) {
-            for (int64_t c = 0; c < p.k; ++c) {
-                for (int64_t i = 0; i < count; ++i) line[i] = block[i * width + c];
-                write_row(line, count, p.new_dtype, out, c * rows + first, errors);
-                for (int64_t i = 0; i < count; ++i) squared[c] += errors[i];
-            }
-        } else {
-            for (int64_t i = 0; i < count; ++i) {
-                write_row(block + i * width, p.k, p.new_dtype, out, (first + i) * p.k, errors);
-                for (int64_t c = 0; c < p.k; ++c) squared[c] += errors[c];
-            }
+    double* block = panel + BLOCK * panel_width;
+    double* errors = block + BLOCK * width;
+    for (int64_t first = 0; first < p.b.rows; first += BLOCK) {
+        const int64_t count = p.b.rows - first < BLOCK ? p.b.rows - first : BLOCK;
+        pack(p.b, false, first, count, panel_width, panel);
+        thin_product(panel, panel_width, 1, count, t_b, r, width, block);
+        for (int64_t i = 1; k < width && i < count; ++i)
+            std::memmove(block + i * k, block + i * width, sizeof(double) * k);
+        write_row(block, count * k, p.new_dtype, p.new_b, first * k, errors);
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t c = 0; c < k; ++c) squared[c] += errors[i * k + c];
+        }
+    }
+}
+
+// A' ← T_A · A, T_Aᵀ [r, width]; the rest as for write_b.
+inline void write_a(const Problem& p, const double* t_a, int64_t width, double* scratch, double* squared) {
+    const int64_t r = p.rank(), k = p.k, n = p.a.cols;
+    double* panel = scratch;  // [r, BLOCK]
+    double* block = panel + BLOCK * round_up(r, LANES);
+    double* errors = block + BLOCK * width;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        const int64_t count = n - first < BLOCK ? n - first : BLOCK;
+        pack_columns(p.a, first, count, BLOCK, panel);
+        thin_product(t_a, 1, width, k, panel, r, BLOCK, block);
+        for (int64_t c = 0; c < k; ++c) {
+            write_row(block + c * BLOCK, count, p.new_dtype, p.new_a, c * n + first, errors);
+            Vec acc = splat(0);
+            for (int64_t i = count; i < round_up(count, LANES); ++i) errors[i] = 0;
+            for (int64_t i = 0; i < count; i += LANES) acc += load(errors + i);
+            squared[c] += sum(acc);
         }
     }
 }
@@ -199,9 +211,11 @@ inline Certificate truncate(const Problem& p, double* scratch) {
     }
     small_product(core.r_b, core.ranks[0], t_b, r, width, y);
     small_product(core.r_a, core.ranks[1], t_a, r, width, z);
-    write_product(p, false, t_b, width, blocks, squared);
+    for (int64_t c = 0; c < width; ++c) squared[c] = 0;
+    write_b(p, t_b, width, blocks, squared);
     const Rounding in_b = rounding(squared, core.sigma, kept);
-    write_product(p, true, t_a, width, blocks, squared);
+    for (int64_t c = 0; c < width; ++c) squared[c] = 0;
+    write_a(p, t_a, width, blocks, squared);
     const Rounding in_a = rounding(squared, core.sigma, kept);
     return {lost_norm(core, y, z, r, width),
             stretch(y, core.ranks[0], core.sigma, kept, width, line),

@@ -202,6 +202,30 @@ inline double sum(Vec v) {
     return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
+// out [8, 8] ← the transpose of x [8, 8], rows x_stride and out_stride apart.
+inline void transpose_eight(const double* x, int64_t x_stride, double* out, int64_t out_stride) {
+#if defined(__AVX2__)
+    for (int64_t i = 0; i < LANES; i += 4) {
+        for (int64_t j = 0; j < LANES; j += 4) {
+            const double* from = x + i * x_stride + j;
+            const __m256d a = _mm256_loadu_pd(from), b = _mm256_loadu_pd(from + x_stride);
+            const __m256d c = _mm256_loadu_pd(from + 2 * x_stride), d = _mm256_loadu_pd(from + 3 * x_stride);
+            const __m256d ab_even = _mm256_unpacklo_pd(a, b), ab_odd = _mm256_unpackhi_pd(a, b);
+            const __m256d cd_even = _mm256_unpacklo_pd(c, d), cd_odd = _mm256_unpackhi_pd(c, d);
+            double* to = out + j * out_stride + i;
+            _mm256_storeu_pd(to, _mm256_permute2f128_pd(ab_even, cd_even, 0x20));
+            _mm256_storeu_pd(to + out_stride, _mm256_permute2f128_pd(ab_odd, cd_odd, 0x20));
+            _mm256_storeu_pd(to + 2 * out_stride, _mm256_permute2f128_pd(ab_even, cd_even, 0x31));
+            _mm256_storeu_pd(to + 3 * out_stride, _mm256_permute2f128_pd(ab_odd, cd_odd, 0x31));
+        }
+    }
+#else
+    for (int64_t i = 0; i < LANES; ++i) {
+        for (int64_t j = 0; j < LANES; ++j) out[j * out_stride + i] = x[i * x_stride + j];
+    }
+#endif
+}
+
 inline int64_t round_up(int64_t x, int64_t multiple) {
     return (x + multiple - 1) / multiple * multiple;
 }
