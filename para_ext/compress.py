@@ -220,7 +220,7 @@ def _report(
     floored = sum(f.min_rank > 0 for f in decomposition.factors)
     if floored:
         notes.append(
-            f"{floored} modules keep rank ≥ 1, for without them more than ΔW would go (DoRA, a bias or other weights of "
+            f"{floored} modules keep rank ≥ 1: without them more than ΔW would go (DoRA, a bias, other weights of "
             "their own); with DoRA the error is that of B·A, not of the normalised weight."
         )
     if plan.energy < LOW_ENERGY:
@@ -284,6 +284,8 @@ def _write(
     notes = report.notes
     if written.left_out:
         notes += (f"Not copied: {', '.join(written.left_out)}.",)
+    if written.oldest_peft:
+        notes += (f"The ranks are written as patterns that need PEFT ≥ {written.oldest_peft}.",)
     return replace(report, bytes_after=written.size, notes=notes)
 
 

@@ -38,8 +38,8 @@ def write_adapter(
     tensors = dict(foreign or {})
     rank = 8
     for name, B, A in factors() if pairs is None else pairs:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.contiguous()
         rank = A.shape[0]
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     settings = {

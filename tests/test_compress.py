@@ -274,3 +274,16 @@ def test_public_names() -> None:
     assert all(getattr(para_ext, name) is not None for name in para_ext.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         para_ext.nonsense  # noqa: B018
+
+
+def test_patterns_that_need_a_newer_peft_are_said(tmp_path: Path) -> None:
+    # `layers.0.attn.q_proj` as a plain key would also match the second tower's module of that name.
+    pairs = [*factors(1), *((f"vision.{name}", B.flip(0)[:, :5], A[:5]) for name, B, A in factors(1, seed=1))]
+    names = {name: A.shape[0] for name, _, A in pairs}
+    adapter = write_adapter(
+        tmp_path / "adapter", pairs, r=8, lora_alpha=8, rank_pattern={f"^{n}": r for n, r in names.items()}
+    )
+    report = para_ext.compress_adapter(adapter, tmp_path / "small", rank=2)
+    assert not any("PEFT" in note for note in report.notes)
+    report = para_ext.compress_adapter(adapter, tmp_path / "smaller", keep=0.6)
+    assert any("need PEFT ≥ 0.15" in note for note in report.notes)

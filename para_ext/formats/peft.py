@@ -35,7 +35,7 @@ from ..errors import ParaError
 from ..factors import LoraFactors
 from ..naming import natural_key
 from .output import CONFIG, PICKLED, SIDECAR, WEIGHTS, copy_along, write_folder, write_safetensors
-from .peft_config import PatternKeys, Targets, unit_scale_config
+from .peft_config import PatternKeys, Targets, oldest_peft, unit_scale_config
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -136,10 +136,17 @@ class Slot:
 
 
 class Written(NamedTuple):
-    """What :meth:`PeftAdapter.write` did: bytes of the tensor file, and the source's files that were not copied."""
+    """What :meth:`PeftAdapter.write` did.
+
+    Attributes:
+        size: bytes of the tensor file.
+        left_out: the source's files that were not copied.
+        oldest_peft: the oldest PEFT that reads the config's patterns as they are meant; None if any does.
+    """
 
     size: int
     left_out: list[str]
+    oldest_peft: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +277,7 @@ class PeftAdapter:
             size = (folder / WEIGHTS).stat().st_size
 
         write_folder(out, fill, overwrite=overwrite, source=self.path)
-        return Written(size, left_out)
+        return Written(size, left_out, oldest_peft(config))
 
     def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
         """The rank of each slot's members; if all are 0, then 1 for the first slot and what shares its rank."""
