@@ -48,7 +48,7 @@ class Settings:
 
     seed: int = 0
     test_rows: int = 1500
-    train_rows: int = 5000
+    train_rows: int = 5000  # of 7,028: with all of them training takes 40 % longer
     max_tokens: int = 64
     head_decay: float = 1e-3
     rank: int = 32
@@ -172,6 +172,7 @@ def accuracy(logits: Tensor, reviews: Reviews) -> float:
 
 def accuracy_of(adapter: Path, reviews: Reviews) -> float:
     """Accuracy of an adapter that is read from its folder onto a fresh base model."""
+    print(f"  {adapter}", flush=True)
     return accuracy(evaluate(PeftModel.from_pretrained(SentimentModel(), adapter).eval(), reviews), reviews)
 
 
