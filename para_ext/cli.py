@@ -134,6 +134,7 @@ def compress(
     """
     if report is not None and report.exists() and not options["overwrite"]:
         raise ParaError(f"'{report}' exists: give another --report, or --overwrite")
+    keeps: Any = list(keep) if len(keep) > 1 else keep[0] if keep else None
     with _progress(as_json) as say:
         say("importing PyTorch")
         from .compress import compress_adapter
@@ -141,7 +142,7 @@ def compress(
         result = compress_adapter(
             adapter,
             out,
-            keep=None if not keep else keep[0] if len(keep) == 1 else list(keep),
+            keep=keeps,
             allowed_ranks=_ranks(allowed_ranks),
             dtype=_torch_dtype(dtype),
             progress=say,
