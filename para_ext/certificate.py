@@ -53,6 +53,8 @@ def norm(B: Tensor, A: Tensor, scale: float) -> float:
         B: [m, r] and A: [r, n], finite, any dtype and strides.
         scale: any finite number.
     """
+    if not B.shape[1]:
+        return 0.0
     X, Y, exponent = joined((B, A, scale))
     return _ldexp(float(torch.linalg.matrix_norm(triangle(X) @ triangle(Y).mT)), exponent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +34,11 @@ _DTYPES = {
 def _budget_options(command: Command) -> Command:
     """The options that `para_ext.plan.plan` takes, grouped as it documents them."""
     options = [
-        click.option("--energy", metavar="E", help="Smallest global selection that keeps this part of Σσ².  [0.95]"),
+        click.option(
+            "--energy",
+            metavar="E",
+            help="Smallest global selection that keeps this part of Σσ². 0.95 without any budget or shaping.",
+        ),
         click.option(
             "--keep", metavar="F", multiple=True, help="Part of the LoRA parameters: 0.25 or 25%. May be repeated."
         ),
@@ -134,6 +139,8 @@ def compress(
     """
     if report is not None and report.exists() and not options["overwrite"]:
         raise ParaError(f"'{report}' exists: give another --report, or --overwrite")
+    if report is not None and not report.parent.is_dir():
+        raise ParaError(f"'{report.parent}' is not a folder: give a --report in one that exists")
     keeps: Any = list(keep) if len(keep) > 1 else keep[0] if keep else None
     with _progress(as_json) as say:
         say("importing PyTorch")
@@ -183,17 +190,16 @@ def verify(
 
         say("measuring")
         result = measure(adapter, compressed, threads=threads)
-    relative = result.error / result.norm if result.norm else float(result.error > 0)
     if as_json:
         _print_json({"adapter": str(adapter), "compressed": str(compressed), **result.to_dict()})
     else:
         from .tables import verification_table
 
         verification_table(result)
-    if max_error is not None and not relative <= max_error:
+    if max_error is not None and not result.relative_error <= max_error:
         raise ParaError(
-            f"'{compressed}': the relative error is up to {relative:.6g}, more than --max-error {max_error:g}; "
-            "compress with a larger budget"
+            f"'{compressed}': the relative error is up to {result.relative_error:.6g}, more than --max-error "
+            f"{max_error:g}; compress with a larger budget"
         )
     if min_energy is not None and not result.energy >= min_energy:
         raise ParaError(
@@ -219,6 +225,9 @@ def info(as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: a refusal is one line on stderr and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not turn a result into a traceback
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as exit_:

@@ -84,12 +84,19 @@ def compress_model(
         adapter_name: which adapter; the active one if None.
         dtype: of the new factors; each module's own if None.
         backend, threads: as for :func:`decompose`.
-        **budget: one budget, score and shaping, as for :func:`para_ext.plan.plan`; ``energy=0.95`` by default.
+        **budget: at most one of ``energy=0.95`` (the default), ``keep=0.25``, ``params=10**6``, ``total_rank=500``,
+            ``threshold=0.1``, ``rank=8``; with ``score="auto"|"sigma"|"density"`` and shaping by ``min_rank``,
+            ``max_rank``, ``multiple_of``, ``allowed_ranks``, ``uniform``. Meaning: ``help(para_ext.plan.plan)``.
+            With shaping and no budget, everything that the shaping allows is kept.
 
     Raises:
         ParaError: the model or the budget is refused, naming what and why.
     """
     start = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise ParaError(
+            f"compress_model takes a live model, not a {type(model).__name__}; for a folder use compress_adapter"
+        )
     live = read_model(model, adapter_name)
     decomposition = Decomposition(live.factors, backend, threads)
     plan = decomposition.spectra.plan(**budget)
@@ -134,7 +141,8 @@ def compress_adapter(
         backend, device, threads: as for :func:`decompose`.
         progress: called with a few words when a stage starts.
         keep: the budget of that name, or several: one decomposition serves all.
-        **budget: another budget, score and shaping, as for :func:`para_ext.plan.plan`; ``energy=0.95`` by default.
+        **budget: another budget, score and shaping, as for :func:`compress_model`, and ``size="32MiB"``: bytes of the
+            written tensor file.
 
     Returns:
         A Report, or a list of them where ``keep`` is a list.
@@ -162,6 +170,11 @@ def compress_adapter(
         spectra = Spectra(decomposition.spectra.modules, layout)
         plans = [spectra.plan(**(budget if k is None else {**budget, "keep": k})) for k in keeps]
         outs = [out / f"keep-{plan.value:g}" if several else out for plan in plans]
+        for i, folder in enumerate(outs):
+            if folder in outs[:i]:
+                raise ParaError(f"two keep values both make '{folder}'; give each once")
+            if not dry_run:
+                adapter.check_out(folder, overwrite=overwrite)
         reports = []
         for plan, folder in zip(plans, outs, strict=True):
             if dry_run:
@@ -223,11 +236,13 @@ def _report(
             f"{floored} modules keep rank ≥ 1: without them more than ΔW would go (DoRA, a bias, other weights of "
             "their own); with DoRA the error is that of B·A, not of the normalised weight."
         )
+    if spectra.modules and spectra.energy == 0:
+        notes.append("ΔW is zero in every module: is this adapter trained?")
     if plan.energy < LOW_ENERGY:
-        better = spectra.plan(energy=GOOD_ENERGY, score=plan.score)
-        fraction = -(-better.parameters_after * 1000 // better.parameters_before) / 1000
-        notes.append(f"Energy kept is below {LOW_ENERGY:.0%}; --keep {fraction:g} would give {GOOD_ENERGY:.0%}.")
-    if plan.unshaped_energy is not None and plan.unshaped_energy > plan.energy:
+        notes.append(f"Energy kept is below {LOW_ENERGY:.0%}; {_better(spectra, plan)}.")
+    if plan.budget is None:
+        notes.append("No budget was given, so everything that the shaping allows is kept; energy=0.95 is a good one.")
+    elif plan.unshaped_energy is not None and plan.unshaped_energy > plan.energy:
         notes.append(f"Without shaping the same budget would keep {plan.unshaped_energy:.2%} of the energy.")
     undecided = undecided_components(spectra, plan, decomposition.betas)
     if undecided:
@@ -245,6 +260,18 @@ def _report(
         seconds=time.perf_counter() - start,
         version=__version__,
     )
+
+
+def _better(spectra: Spectra, plan: Plan) -> str:
+    """The `keep` that would give enough energy with the same shaping."""
+    try:
+        better = spectra.plan(energy=GOOD_ENERGY, score=plan.score, **plan.shaping)
+    except ParaError:
+        return f"with this shaping no budget gives {GOOD_ENERGY:.0%}"
+    fraction = -(-better.parameters_after * 1000 // better.parameters_before) / 1000
+    if plan.score == "sigma" and plan.budget in ("keep", "params", "size"):
+        return f"energy={GOOD_ENERGY:g} would take {fraction:.1%} of the parameters"
+    return f"--keep {fraction:g} would give {GOOD_ENERGY:.0%}"
 
 
 def _with_sizes(report: Report, adapter: PeftAdapter, size: int) -> Report:

@@ -7,6 +7,7 @@ import importlib
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -160,10 +161,13 @@ def native_backend(required: bool = False) -> Any:
 
 @functools.cache
 def _warn_without_native() -> None:
+    here = Path(__file__).parent
+    checkout = (here.parent / "csrc").is_dir()
+    remedy = (
+        f"this is the checkout at {here.parent}; run Python elsewhere" if checkout else "reinstall with a C++ compiler"
+    )
     warnings.warn(
-        "para_ext's native core is not installed, so the slower torch backend does the work: "
-        "reinstall para_ext with a C++ compiler",
-        stacklevel=2,
+        f"para_ext's native core is not installed, so the slower torch backend does the work: {remedy}", stacklevel=2
     )
 
 

@@ -46,7 +46,7 @@ class ModuleReport:
     energy: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The outcome of one compression.
 
@@ -103,6 +103,14 @@ class Report:
         """The Eckart-Young lower bound of the error at these ranks."""
         return math.sqrt(math.fsum(m.error_floor * m.error_floor for m in self.modules))
 
+    @property
+    def relative_error(self) -> float:
+        """``error / norm``."""
+        return self.error / self.norm if self.norm else float(self.error > 0)
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary()}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: what ``para_ext.json`` and ``--json`` hold."""
         plan = self.plan.to_dict()
@@ -120,6 +128,7 @@ class Report:
             "norm": self.norm,
             "energy": self.energy,
             "error": self.error,
+            "relative_error": self.relative_error,
             "error_floor": self.error_floor,
             "undecided": list(self.undecided),
             "notes": list(self.notes),
@@ -136,7 +145,7 @@ class Report:
         ranks = [m.rank_after for m in self.modules]
         dropped = ranks.count(0)
         parts = [
-            f"ranks {min(ranks, default=0)}–{max(ranks, default=0)}" + (f" ({dropped} dropped)" if dropped else ""),
+            f"ranks {span(ranks)}" + (f" ({dropped} dropped)" if dropped else ""),
             f"{self.parameters_before:,} → {self.parameters_after:,} parameters"
             + (f" ({self.parameters_after / self.parameters_before:.1%})" if self.parameters_before else ""),
         ]
@@ -194,7 +203,7 @@ def undecided_components(spectra: Spectra, plan: Plan, betas: Sequence[float]) -
             continue
         rank = plan.ranks[module.name]
         for index in (rank - 1, rank):  # σ is sorted: only the module's own neighbours of the cut can be in doubt
-            if 0 <= index < len(module.sigma):
+            if module.min_rank <= index < len(module.sigma):
                 low, high = _interval(module.sigma[index], module.rank, beta)
                 if plan.score == "density":
                     low, high = low * low / (module.m + module.n), high * high / (module.m + module.n)
@@ -222,4 +231,10 @@ def megabytes(count: int) -> str:
 def percent(fraction: float) -> str:
     """A fraction for people; never rounded up to 100 % when something was lost."""
     text = f"{fraction:.2%}"
-    return "99.99%" if text == "100.00%" and fraction < 1 else text
+    return ">99.99%" if text == "100.00%" and fraction < 1 else text
+
+
+def span(ranks: Sequence[int]) -> str:
+    """The smallest and the largest of some ranks: ``8``, or ``0–8``."""
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    return str(low) if low == high else f"{low}–{high}"

@@ -12,15 +12,17 @@ from rich.table import Table
 
 from .inspection import Inspection
 from .naming import natural_key
-from .report import ModuleReport, Report, percent
+from .report import ModuleReport, Report, percent, span
 from .verification import ModuleVerification, Verification
+
+_LEGEND = "energy: kept part of Σσ². error: bound of ‖ΔW−ΔW'‖_F / ‖ΔW‖_F."
 
 
 def report_table(report: Report) -> None:
     """Per module type and in all: ranks, parameters, energy kept, relative error; then notes and the summary."""
     table = _table(None if report.output is None else f"{report.source} → {report.output}")
-    for heading in ("modules", "", "rank", "parameters", "kept", "energy kept", "error ‖ΔW−ΔW'‖/‖ΔW‖"):
-        table.add_column(heading, justify="left" if heading == "modules" else "right", no_wrap=heading == "modules")
+    for heading in ("modules", "", "rank", "parameters", "kept", "energy", "error"):
+        table.add_column(heading, justify="left" if heading == "modules" else "right", no_wrap=True)
     by_type: dict[str, list[ModuleReport]] = defaultdict(list)
     for module in report.modules:
         by_type[module.type].append(module)
@@ -30,6 +32,7 @@ def report_table(report: Report) -> None:
     table.add_row(*_report_row("all", report.modules), style="bold")
     console = _console()
     console.print(table)
+    console.print(_LEGEND, style="dim", highlight=False, markup=False)
     for note in report.notes:
         console.print(note, highlight=False, markup=False)
     console.print(report.summary(), style="bold", highlight=False, markup=False)
@@ -43,7 +46,7 @@ def _report_row(name: str, modules: Sequence[ModuleReport]) -> tuple[str, ...]:
     return (
         name,
         f"×{len(modules)}",
-        f"{_span([m.rank_before for m in modules])} → {_span([m.rank_after for m in modules])}",
+        f"{span([m.rank_before for m in modules])} → {span([m.rank_after for m in modules])}",
         f"{before:,} → {after:,}",
         f"{after / before:.1%}",
         percent(1 - dropped / squared_norm) if squared_norm else "–",
@@ -78,8 +81,9 @@ def inspection_tables(inspection: Inspection) -> None:
 def verification_table(verification: Verification) -> None:
     """Per module type and in all: ranks, energy kept, relative error."""
     table = _table(None)
-    for heading in ("modules", "", "rank", "energy kept", "error ‖ΔW−ΔW'‖/‖ΔW‖", "worst module"):
-        table.add_column(heading, justify="left" if heading in ("modules", "worst module") else "right")
+    for heading in ("modules", "", "rank", "energy", "error"):
+        table.add_column(heading, justify="left" if heading == "modules" else "right", no_wrap=True)
+    table.add_column("worst module", no_wrap=True)
     by_type: dict[str, list[ModuleVerification]] = defaultdict(list)
     for module in verification.modules:
         by_type[module.type].append(module)
@@ -87,7 +91,10 @@ def verification_table(verification: Verification) -> None:
         table.add_row(*_verification_row(name, by_type[name]))
     table.add_section()
     table.add_row(*_verification_row("all", verification.modules), style="bold")
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    console.print(_LEGEND, style="dim", highlight=False, markup=False)
+    console.print(verification.summary(), style="bold", highlight=False, markup=False)
 
 
 def _verification_row(name: str, modules: Sequence[ModuleVerification]) -> tuple[str, ...]:
@@ -97,16 +104,16 @@ def _verification_row(name: str, modules: Sequence[ModuleVerification]) -> tuple
     return (
         name,
         f"×{len(modules)}",
-        f"{_span([m.rank_before for m in modules])} → {_span([m.rank_after for m in modules])}",
+        f"{span([m.rank_before for m in modules])} → {span([m.rank_after for m in modules])}",
         percent(max(0.0, 1 - (error / norm) ** 2)) if norm else "–",
-        f"{error / norm:.3e}" if norm else f"{error:.3e}",
-        worst.name if worst.error else "–",
+        f"{error / norm:.2e}" if norm else f"{error:.2e}",
+        _tail(worst.name) if worst.error else "–",
     )
 
 
-def _span(ranks: Sequence[int]) -> str:
-    low, high = min(ranks), max(ranks)
-    return str(low) if low == high else f"{low}–{high}"
+def _tail(name: str, length: int = 32) -> str:
+    """The end of a module's name, which tells it from the others."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _table(title: str | None) -> Table:

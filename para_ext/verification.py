@@ -12,6 +12,7 @@ from .errors import ParaError
 from .factors import LoraFactors, total_parameters
 from .naming import module_type
 from .pool import map_single_threaded
+from .report import percent
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ModuleVerification:
         return _energy(self.norm, self.error)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """Errors per module, and in all."""
 
@@ -57,6 +58,21 @@ class Verification:
     def energy(self) -> float:
         return _energy(self.norm, self.error)
 
+    @property
+    def relative_error(self) -> float:
+        """``error / norm``."""
+        return self.error / self.norm if self.norm else float(self.error > 0)
+
+    def __repr__(self) -> str:
+        return f"<Verification: {self.summary()}>"
+
+    def summary(self) -> str:
+        """One line: modules, parameters, energy kept, relative error."""
+        return (
+            f"{len(self.modules)} modules, {self.parameters_before:,} → {self.parameters_after:,} parameters, "
+            f"energy kept ≥ {percent(self.energy)}, error ≤ {self.relative_error:.2e}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
@@ -64,6 +80,7 @@ class Verification:
             "parameters_after": self.parameters_after,
             "norm": self.norm,
             "error": self.error,
+            "relative_error": self.relative_error,
             "energy": self.energy,
             "modules": [{**asdict(m), "energy": m.energy} for m in self.modules],
         }
@@ -76,6 +93,8 @@ def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threa
         ParaError: naming the module whose shape differs, or which holds a NaN or an infinity.
     """
     left, right = {f.name: f for f in original}, {f.name: f for f in other}
+    if left and right and not left.keys() & right.keys():
+        raise ParaError("the two adapters have no module in common; compare adapters of the same base model")
 
     def measure(name: str) -> ModuleVerification:
         f, g = left.get(name), right.get(name)

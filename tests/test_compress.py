@@ -287,3 +287,54 @@ def test_patterns_that_need_a_newer_peft_are_said(tmp_path: Path) -> None:
     assert not any("PEFT" in note for note in report.notes)
     report = para_ext.compress_adapter(adapter, tmp_path / "smaller", keep=0.6)
     assert any("need PEFT ≥ 0.15" in note for note in report.notes)
+
+
+def test_verify_in_both_directions_and_of_strangers(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    report = para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.1)
+    assert 0 in report.ranks.values()
+    there, back = (para_ext.verify(*pair) for pair in ((adapter, tmp_path / "small"), (tmp_path / "small", adapter)))
+    assert there.error == pytest.approx(back.error, rel=1e-9)
+    assert "energy kept ≥ " in repr(there)
+    stranger = write_adapter(tmp_path / "stranger", [(f"other.{name}", B, A) for name, B, A in factors()])
+    with pytest.raises(ParaError, match="no module in common"):
+        para_ext.verify(adapter, stranger)
+
+
+def test_all_outputs_are_checked_before_any_work(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    para_ext.compress_adapter(adapter, tmp_path / "many" / "keep-0.1", keep=0.1)
+    with pytest.raises(ParaError, match=r"keep-0\.1' exists"):
+        para_ext.compress_adapter(adapter, tmp_path / "many", keep=[0.5, 0.1])
+    with pytest.raises(ParaError, match=r"two keep values both make .*keep-0\.25'"):
+        para_ext.compress_adapter(adapter, tmp_path / "many", keep=[0.25, "25%"])
+    assert [p.name for p in (tmp_path / "many").iterdir()] == ["keep-0.1"]
+
+
+def test_notes_speak_of_the_budget_that_was_given(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+
+    def notes(**budget: Any) -> str:
+        return " ".join(para_ext.compress_adapter(adapter, tmp_path / "small", dry_run=True, **budget).notes)
+
+    assert "No budget was given" in notes(multiple_of=2)
+    assert "with this shaping no budget gives 95%" in notes(keep=0.05, max_rank=1)
+    advice = notes(keep=0.1, multiple_of=2)
+    better = advice.split("--keep ")[1].split()[0]
+    assert para_ext.compress_adapter(adapter, tmp_path / "x", dry_run=True, keep=better, multiple_of=2).energy >= 0.95
+    untrained = write_adapter(tmp_path / "untrained", [(name, B * 0, A) for name, B, A in factors()])
+    report = para_ext.compress_adapter(untrained, tmp_path / "small", dry_run=True)
+    assert "is this adapter trained?" in " ".join(report.notes)
+
+
+def test_components_that_must_stay_are_not_in_doubt() -> None:
+    given = [LoraFactors(name, B * (1e-3 if i == 0 else 1), A, min_rank=1) for i, (name, B, A) in enumerate(factors())]
+    d = para_ext.decompose(given)
+    from para_ext.report import undecided_components
+
+    assert not undecided_components(d.spectra, d.spectra.plan(keep=0.3), d.betas)
+
+
+def test_a_folder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ParaError, match="use compress_adapter"):
+        para_ext.compress_model(str(tmp_path))  # type: ignore[arg-type]

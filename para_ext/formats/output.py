@@ -52,10 +52,7 @@ def write_folder(out: Path, write: Callable[[Path], None], *, overwrite: bool, s
         ParaError: refused, or it could not be written; then nothing has changed.
     """
     with _one_line(out):
-        _check_apart(out, source)
-        replaces = os.path.lexists(out)
-        if replaces:
-            _check_replaceable(out, overwrite)
+        replaces = check_out(out, overwrite=overwrite, source=source)
         with _parents(out), _temporary(out) as (new, old):
             write(new)
             _flush(new)
@@ -72,6 +69,15 @@ def write_folder(out: Path, write: Callable[[Path], None], *, overwrite: bool, s
                 raise
         if replaces:
             _remove_old(out, old)
+
+
+def check_out(out: Path, *, overwrite: bool, source: Path) -> bool:
+    """Whether writing ``out`` would replace something; it is refused where that may not be (see `write_folder`)."""
+    _check_apart(out, source)
+    replaces = os.path.lexists(out)
+    if replaces:
+        _check_replaceable(out, overwrite)
+    return replaces
 
 
 def copy_along(source: Path, target: Path) -> list[str]:

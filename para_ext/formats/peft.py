@@ -34,7 +34,7 @@ from .. import layout
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..naming import natural_key
-from .output import CONFIG, PICKLED, SIDECAR, WEIGHTS, copy_along, write_folder, write_safetensors
+from .output import CONFIG, PICKLED, SIDECAR, WEIGHTS, check_out, copy_along, write_folder, write_safetensors
 from .peft_config import PatternKeys, Targets, oldest_peft, unit_scale_config
 
 _PREFIX = "base_model.model."
@@ -242,6 +242,10 @@ class PeftAdapter:
             parameters=[slot.name for slot in self.slots if slot.role == "parameter"],
             tied=[slot.name for slot in self.slots if slot.role == "tied"],
         )
+
+    def check_out(self, out: Path, *, overwrite: bool) -> None:
+        """Refuse an output folder that :meth:`write` would refuse, before any work."""
+        check_out(out, overwrite=overwrite, source=self.path)
 
     def write(
         self,

@@ -1,0 +1,5 @@
+"""``python -m para_ext``: the command line."""
+
+from .cli import main
+
+main()
