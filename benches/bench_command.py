@@ -35,10 +35,11 @@ def anonymous_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
-def run(command: Sequence[str]) -> tuple[float, int]:
+def run(command: Sequence[str], folder: Path) -> tuple[float, int]:
     """Seconds, and the largest RssAnon in bytes."""
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    # In an empty folder: from the checkout, Python would import the sources instead of what is installed.
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
         time.sleep(0.005)
@@ -78,7 +79,7 @@ def test_command(adapter: Path, tmp_path: Path) -> None:
         for name, command in commands.items():
             for folder in (ours, plain):
                 shutil.rmtree(folder, ignore_errors=True)
-            results[name].append(run(command))
+            results[name].append(run(command, tmp_path))
             if name != "import torch":
                 error = para_ext.verify(adapter, ours if name == "para-ext" else plain).energy
                 assert error > 0.9
