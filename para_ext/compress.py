@@ -101,7 +101,7 @@ def compress_model(
     decomposition = Decomposition(live.factors, backend, threads)
     plan = decomposition.spectra.plan(**budget)
     new = decomposition.truncate_certified(plan, dtype)
-    live.replace(_named(decomposition, new))
+    live.replace(decomposition.named(new))
     return _report(decomposition, plan, new, source=type(model).__name__, start=start)
 
 
@@ -217,12 +217,6 @@ def _moved(factors: Iterable[LoraFactors], device: str) -> Iterable[LoraFactors]
     return [replace(f, B=f.B.to(device), A=f.A.to(device)) for f in factors]
 
 
-def _named(decomposition: Decomposition, new: Sequence[Truncated]) -> list[LoraFactors]:
-    return [
-        LoraFactors(f.name, t.B, t.A, 1.0, f.group, f.min_rank) for f, t in zip(decomposition.factors, new, strict=True)
-    ]
-
-
 def _report(
     decomposition: Decomposition, plan: Plan, new: Sequence[Truncated] | None, *, source: str, start: float
 ) -> Report:
@@ -305,7 +299,7 @@ def _write(
     text = text.ljust(_HEADER_TEXT - text.count('"'))  # the header escapes quotes
     sidecar = {"source_sha256": digest.result(), **report.to_dict()}
     factors = [
-        replace(f, B=f.B.cpu(), A=f.A.cpu()) if f.B.device.type != "cpu" else f for f in _named(decomposition, new)
+        replace(f, B=f.B.cpu(), A=f.A.cpu()) if f.B.device.type != "cpu" else f for f in decomposition.named(new)
     ]
     written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, overwrite=overwrite)
     notes = report.notes

@@ -61,10 +61,11 @@ class Decomposition:
 
     def truncate(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | None = None) -> list[LoraFactors]:
         """New factors at the plan's ranks, scale 1; see :meth:`truncate_certified`."""
-        return [
-            LoraFactors(f.name, t.B, t.A, 1.0, f.group, f.min_rank)
-            for f, t in zip(self.factors, self.truncate_certified(plan, dtype), strict=True)
-        ]
+        return self.named(self.truncate_certified(plan, dtype))
+
+    def named(self, new: Iterable[Truncated]) -> list[LoraFactors]:
+        """What :meth:`truncate_certified` gave, as factors of the same modules at scale 1."""
+        return [LoraFactors(f.name, t.B, t.A, 1.0, f.group, f.min_rank) for f, t in zip(self.factors, new, strict=True)]
 
     def truncate_certified(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | None = None) -> list[Truncated]:
         """The best approximation of every ΔW at the plan's rank, with its error bound, in the order of ``factors``.
