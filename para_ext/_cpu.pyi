@@ -15,7 +15,7 @@ def core_words(rank: int) -> int:
     """8-byte words that a module of this rank needs in the workspace."""
 
 def cores(table: NDArray[np.int64], scales: NDArray[np.float64], threads: int, isa: str = "") -> NDArray[np.int32]:
-    """Stage 1. table [modules, COLUMNS], scales [modules] → per module 0, or 1 (2) if B (A) is not finite."""
+    """Stage 1. table [modules, COLUMNS], scales [modules] → per module 0, or 1 (2, 3) if B (A, M) is not finite."""
 
 def svd(table: NDArray[np.int64], scales: NDArray[np.float64], threads: int, isa: str = "") -> NDArray[np.int32]:
     """Stage 2 → sweeps per module, or -1 where Jacobi did not converge."""

@@ -186,7 +186,7 @@ def compress_adapter(
             report = _report(decomposition, plan, new, source=str(source), start=start)
             report = replace(_with_sizes(report, adapter, layout.bytes(plan.ranks)), output=str(folder))
             say(f"writing {folder}")
-            reports.append(_write(adapter, decomposition, new, folder, report, digest, overwrite))
+            reports.append(_write(adapter, decomposition, new, folder, report, digest, dtype, overwrite))
     return reports if several else reports[0]
 
 
@@ -283,6 +283,7 @@ def _write(
     folder: Path,
     report: Report,
     digest: Future[str],
+    dtype: torch.dtype | None,
     overwrite: bool,
 ) -> Report:
     header = {
@@ -301,7 +302,7 @@ def _write(
     factors = [
         replace(f, B=f.B.cpu(), A=f.A.cpu()) if f.B.device.type != "cpu" else f for f in decomposition.named(new)
     ]
-    written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, overwrite=overwrite)
+    written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, dtype=dtype, overwrite=overwrite)
     notes = report.notes
     if written.left_out:
         notes += (f"Not copied: {', '.join(written.left_out)}.",)

@@ -15,7 +15,7 @@ import torch
 from .backends import Backend, Truncated
 from .certificate import difference
 from .errors import ParaError
-from .factors import DTYPES, LoraFactors, check_factors, dtype_name
+from .factors import DTYPES, LoraFactors, check_factors, dtype_name, written_dtype
 from .plan import Plan
 from .pool import map_single_threaded
 from .spectra import ModuleSpectrum, Spectra
@@ -97,7 +97,7 @@ class Decomposition:
             # Unchanged modules go through as rank 0: the stage indexes its cores by position.
             part_ranks = [0 if results[i] is not None else ranks[i] for i in members]
             part = [self.factors[i] for i in members]
-            dtypes = [_output_dtype(f, dtype) for f in part]
+            dtypes = [written_dtype(f.A, f.B, dtype) for f in part]
             for i, new in zip(members, stages.truncate(part, cores, part_ranks, dtypes, self.threads), strict=True):
                 if results[i] is None:
                     results[i] = new
@@ -172,14 +172,10 @@ def _warn_without_native() -> None:
     )
 
 
-def _output_dtype(f: LoraFactors, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None else torch.promote_types(f.A.dtype, f.B.dtype)
-
-
 def _fold_scale(f: LoraFactors, dtype: torch.dtype | None) -> Truncated:
     """A as it is and scale·B: the rank does not change, so nothing is gained by touching more bits than that."""
     scaled = f.B.to(torch.float64) * f.scale
-    new_dtype = _output_dtype(f, dtype)
+    new_dtype = written_dtype(f.A, f.B, dtype)
     B = scaled.to(new_dtype).contiguous()
     A = f.A.to(new_dtype, copy=True).contiguous()
     rounding_B = torch.linalg.vector_norm(B.to(torch.float64) - scaled).item()

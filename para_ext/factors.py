@@ -77,15 +77,51 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
                     f"module '{f.name}': {which} has dtype {dtype_name(t.dtype)}; convert it to float32, float16, "
                     "bfloat16 or float64 first"
                 )
-            if t.is_meta or t.layout != torch.strided:
+            if not holds_data(t):
                 raise ParaError(
-                    f"module '{f.name}': {which} holds no dense data (meta or sparse): load the weights first"
+                    f"module '{f.name}': {which} holds no dense data (meta, sparse or freed): load the weights first"
                 )
         if f.A.device != f.B.device:
             raise ParaError(f"module '{f.name}': A is on {f.A.device}, B on {f.B.device}; move both to one device")
         if not math.isfinite(f.scale):
             raise ParaError(f"module '{f.name}': its scale is {f.scale}; alpha and rank must give a finite number")
     return checked
+
+
+def holds_data(t: Tensor) -> bool:
+    """Whether a tensor's elements lie in memory: not on meta, not sparse, not faked, and not freed (as FSDP does)."""
+    if t.is_meta or t.layout != torch.strided or t.is_nested or t.is_quantized:
+        return False
+    try:
+        storage = t.untyped_storage()
+        if storage.device.type == "meta":
+            return False
+        last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.numel() == 0 or (t.data_ptr() != 0 and storage.nbytes() >= (last + 1) * t.itemsize)
+    except (RuntimeError, NotImplementedError):  # wrappers that have no storage of their own
+        return False
+
+
+def written_dtype(A: Tensor, B: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a module's new factors are written in: ``dtype``, or its own, the wider one where A's and B's differ."""
+    return dtype if dtype is not None else torch.promote_types(A.dtype, B.dtype)
+
+
+def fold_bias(name: str, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``scale · bias`` for a module's lora_B.bias [m], which PEFT scales as it does B·A.
+
+    Raises:
+        ParaError: it holds a NaN or an infinity, or ``dtype`` cannot hold it.
+    """
+    if not bias.isfinite().all():
+        raise ParaError(f"module '{name}': lora_B.bias holds a NaN or an infinity; repair or retrain the adapter")
+    folded = (bias.double() * scale).to(dtype)
+    if not folded.isfinite().all():
+        raise ParaError(
+            f"module '{name}': a value of lora_B.bias exceeds the range of {dtype_name(dtype)} with the scale folded "
+            "in; write with a wider --dtype such as bf16 or fp32"
+        )
+    return folded
 
 
 def _shape(t: Tensor) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ParaError
-from .factors import LoraFactors
+from .factors import LoraFactors, fold_bias, holds_data
 from .formats.peft_config import unit_scale_config
 
 # Inits that leave the base weight alone; all others are repeated on the base when a saved adapter is loaded.
@@ -411,8 +411,8 @@ def _refuse_absent(name: str, *slots: _Slot) -> None:
             remedy = "are partitioned by DeepSpeed ZeRO-3: load the adapter without ZeRO-3"
         elif hasattr(t, "full_tensor") or hasattr(t, "_fsdp_flattened"):
             remedy = "are sharded (FSDP or DTensor): load the model unsharded, compress, and shard then"
-        elif t.is_meta:
-            remedy = "hold no data (meta device, or offloaded): load the whole model into memory first"
+        elif not holds_data(t):
+            remedy = "hold no data (meta device, offloaded, or freed): load the whole model into memory first"
         else:
             continue
         raise ParaError(f"module '{name}': its factors {remedy}")
@@ -488,7 +488,8 @@ def _writes(pair: _Pair, new: Sequence[LoraFactors]) -> Iterator[tuple[_Slot, nn
         bias = getattr(site.B.owner, "bias", None) if site.B.size else None
         if bias is not None:
             # The layer scales the bias of lora_B as well.
-            scaled = nn.Parameter(bias.detach() * site.nominal, requires_grad=bias.requires_grad)
+            folded = fold_bias(site.name, bias.detach(), site.nominal, B.dtype)
+            scaled = nn.Parameter(folded, requires_grad=bias.requires_grad)
             yield _Slot(site.B.owner, "bias", site.B.size), scaled, size
 
 

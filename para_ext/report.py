@@ -12,6 +12,7 @@ from typing import Any
 from .naming import module_type
 from .plan import Plan
 from .spectra import Spectra
+from .whole_file import write_text
 
 LOW_ENERGY = 0.90
 GOOD_ENERGY = 0.95
@@ -138,7 +139,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`to_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     def summary(self) -> str:
         """One line: ranks, size before → after, energy kept, threshold, time."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ParaError
 from .layout import LARGEST, FileLayout, checked
+from .whole_file import write_text
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -113,25 +113,13 @@ class Spectra:
         Raises:
             ParaError: when the file cannot be written.
         """
-        path = Path(path)
         record = {
             "format": _FORMAT,
             "version": _VERSION,
             "modules": [{**vars(module), "sigma": list(map(float, module.sigma))} for module in self.modules],
             "layout": self.layout.to_dict() if self.layout else None,
         }
-        beside = path.parent / f".{path.name}.{os.getpid()}.tmp"
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                json.dump(record, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except OSError as error:
-            raise ParaError(f"{path} cannot be written, {error.strerror}: choose another place or make room") from error
-        finally:
-            with suppress(OSError):  # already renamed, or never made
-                beside.unlink()
+        write_text(Path(path), json.dumps(record))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Spectra:

@@ -338,3 +338,80 @@ def test_components_that_must_stay_are_not_in_doubt() -> None:
 def test_a_folder_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ParaError, match="use compress_adapter"):
         para_ext.compress_model(str(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)], ids=str)
+def test_size_counts_what_mixed_precisions_are_written_in(
+    tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    pairs = [(name, B.to(dtypes[1]), A.to(dtypes[0])) for name, B, A in factors()]
+    adapter = write_adapter(tmp_path / "adapter", pairs)
+    for i, budget in enumerate(({"size": 12_000}, {"keep": 1.0}, {"keep": 0.5, "dtype": torch.bfloat16})):
+        report = para_ext.compress_adapter(adapter, tmp_path / f"small{i}", **budget)
+        size = (tmp_path / f"small{i}" / "adapter_model.safetensors").stat().st_size
+        sidecar = json.loads((tmp_path / f"small{i}" / "para_ext.json").read_text())
+        assert report.bytes_after == sidecar["bytes_after"] == size
+        assert size <= budget.get("size", size)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (math.nan, None, "lora_B.bias holds a NaN"),
+        (4e4, torch.float16, "lora_B.bias exceeds the range of float16"),
+        (1.5, torch.bfloat16, None),
+    ],
+)
+def test_biases_are_folded_or_refused(
+    tmp_path: Path, value: float, dtype: torch.dtype | None, message: str | None
+) -> None:
+    bias = {"base_model.model.layers.0.attn.q_proj.lora_B.bias": torch.full((48,), value)}
+    adapter = write_adapter(tmp_path / "adapter", foreign=bias, lora_bias=True)
+    if message:
+        with pytest.raises(ParaError, match=message):
+            para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.5, dtype=dtype)
+        assert not (tmp_path / "small").exists()
+        return
+    report = para_ext.compress_adapter(adapter, tmp_path / "small", keep=0.5, dtype=dtype)
+    written = tmp_path / "small" / "adapter_model.safetensors"
+    folded = load_file(written)[next(iter(bias))]
+    assert folded.dtype == dtype
+    assert torch.equal(folded, torch.full_like(folded, 2 * value))
+    assert report.bytes_after == written.stat().st_size
+
+
+def test_the_negative_bit_is_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    B = torch.randn(50, 4, dtype=torch.complex64, generator=generator).conj().imag
+    assert B.is_neg()
+    f = LoraFactors("x", B, torch.randn(4, 30, generator=generator))
+    d = para_ext.decompose([f])
+    (new,) = d.truncate_certified({"x": 2})
+    true = torch.linalg.matrix_norm(B.double() @ f.A.double() - new.B.double() @ new.A.double())
+    assert float(true) <= new.error <= 1.01 * float(true)
+
+
+def test_freed_and_fake_tensors_are_refused() -> None:
+    freed = torch.randn(2000, 8)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ParaError, match="holds no dense data"):
+        para_ext.decompose([LoraFactors("x", freed, torch.randn(8, 30))])
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.randn(20, 8)
+    with pytest.raises(ParaError, match="holds no dense data"):
+        para_ext.decompose([LoraFactors("x", fake, torch.randn(8, 30))])
+
+
+def test_a_rank_far_above_the_shape_costs_no_large_core() -> None:
+    d = para_ext.decompose([LoraFactors("x", torch.randn(8, 3000), torch.randn(3000, 8))])
+    assert d.backends == ("torch",)
+    assert len(d.spectra.modules[0].sigma) == 8
+
+
+def test_a_scale_beyond_fp64_is_refused_by_name() -> None:
+    for rank in (4, 200):
+        f = LoraFactors("x", torch.full((300, rank), 1e10), torch.randn(rank, 300), 1e308)
+        with pytest.raises(ParaError, match="module 'x': its singular values exceed"):
+            para_ext.decompose([f])

@@ -587,7 +587,7 @@ def test_layout_in_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     model = adapt(build(), r=4, target_modules=["lin", "grouped", "c1"], lora_bias=True)
     adapter = read_peft(save(model, tmp_path / "adapter"))
     new = [LoraFactors(f.name, f.B[:, :1].to(dtype), f.A[:1].to(dtype)) for f in adapter.factors]
-    written = adapter.write(tmp_path / "out", new, metadata="[]", sidecar={})
+    written = adapter.write(tmp_path / "out", new, metadata="[]", sidecar={}, dtype=dtype)
     assert written.size == adapter.layout(dtype, metadata="[]").bytes({f.name: 1 for f in new})
 
 

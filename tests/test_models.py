@@ -1165,3 +1165,22 @@ def test_a_deleted_adapter_is_not_written() -> None:
 def test_peft_is_not_imported() -> None:
     code = "import sys, para_ext.models; sys.exit(any(m in sys.modules for m in ('peft', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_bias_follows_the_factors_into_another_dtype() -> None:
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(r=4, target_modules=["0"], lora_bias=True)
+    )
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].bias)
+    live = read_model(model)
+    live.replace([LoraFactors(f.name, f.B[:, :2].bfloat16(), f.A[:2].bfloat16()) for f in live.factors])
+    assert model.base_model.model[0].lora_B["default"].bias.dtype == torch.bfloat16
+    model(torch.randn(3, 8))
+
+
+def test_freed_factors_are_refused() -> None:
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(r=4, target_modules=["0"]))
+    model.base_model.model[0].lora_A["default"].weight.untyped_storage().resize_(0)
+    with pytest.raises(ParaError, match="hold no data"):
+        read_model(model)

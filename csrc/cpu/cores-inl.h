@@ -150,8 +150,8 @@ inline int64_t cores_scratch(const Problem& p) {
     return CHUNK * width + gram_levels(rows) * width * width + 2 * width;
 }
 
-// Returns 0, or 1 if B, 2 if A holds a NaN or an infinity: in fp64 the squares of ≤ 32-bit data can't overflow, so
-// the diagonal of the Gram matrix is finite exactly when every entry is.
+// Returns 0, or 1 if B, 2 if A holds a NaN or an infinity, 3 if M overflows: in fp64 the squares of ≤ 32-bit data can't
+// overflow, so the diagonal of the Gram matrix is finite exactly when every entry is.
 inline int cores(const Problem& p, double* scratch) {
     const int64_t r = p.rank(), width = round_up(r, LANES);
     double* panel = scratch;
@@ -172,6 +172,9 @@ inline int cores(const Problem& p, double* scratch) {
                                             is_a ? core.pivot_a : core.pivot_b);
     }
     product_transposed(core.r_b, core.ranks[0], core.r_a, core.ranks[1], r, width, p.scale, levels, lines, core.m);
+    for (int64_t i = 0; i < r * r; ++i) {
+        if (!std::isfinite(core.m[i])) return 3;
+    }
     return 0;
 }
 

@@ -8,7 +8,8 @@
 namespace para {
 namespace cpu {
 
-// Fills R_B, R_A, M, norms of every core. Per module: 0, or 1 if B, 2 if A is not finite (that core is then unset).
+// Fills R_B, R_A, M, norms of every core. Per module: 0, or 1 if B, 2 if A, 3 if M is not finite (that core is then
+// unusable).
 std::vector<int32_t> cores(const std::vector<Problem>& problems, const Kernels& kernels, int threads);
 
 // Fills U and sigma of every core. Per module: sweeps taken, or -1 if Jacobi did not converge.

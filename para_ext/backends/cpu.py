@@ -69,11 +69,17 @@ class Cores:
 
 def supports(factors: LoraFactors) -> bool:
     """Whether this backend takes the module: data on the CPU, of at most 32 bits."""
-    return factors.A.device.type == "cpu" and factors.A.dtype in _DTYPE_CODES and factors.B.dtype in _DTYPE_CODES
+    pair = (factors.A, factors.B)
+    # A tensor with the negative bit set holds the opposite of what lies in its memory. The core of a rank far above
+    # min(m, n) would be all zeros, but of its full size here.
+    plain = all(t.device.type == "cpu" and t.dtype in _DTYPE_CODES and not t.is_neg() for t in pair)
+    return plain and factors.rank <= max(LARGEST_NATIVE_RANK, min(factors.m, factors.n))
 
 
 def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
     """See `Backend.cores`."""
+    if ISA and ISA not in levels():
+        raise ParaError(f"PARA_EXT_ISA is '{ISA}'; unset it, or use one of {', '.join(levels())}")
     words = [_cpu.core_words(f.rank) for f in factors]
     workspace = np.empty(sum(words) + 8, dtype=np.float64)
     base = -workspace.ctypes.data % _SLOT // 8
@@ -89,6 +95,10 @@ def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
         base += words[i]
     scales = np.array([f.scale for f in factors], dtype=np.float64)
     for f, status in zip(factors, _cpu.cores(table, scales, threads, ISA).tolist(), strict=True):
+        if status == 3:
+            raise ParaError(
+                f"module '{f.name}': its singular values exceed the range of float64; scale its factors or alpha down"
+            )
         if status:
             raise ParaError(
                 f"module '{f.name}': {'B' if status == 1 else 'A'} holds a NaN or an infinity; "
@@ -136,7 +146,7 @@ def truncate(
             if size:
                 pair.append(torch.frombuffer(arena, dtype=dtype, count=shape[0] * shape[1], offset=offset).view(shape))
             else:
-                pair.append(torch.empty(shape, dtype=dtype))
+                pair.append(torch.empty(shape, dtype=dtype, device="cpu"))
             offset += -(-size // _SLOT) * _SLOT
         table[i, _NEW_RANK:] = (k, pair[0].data_ptr(), pair[1].data_ptr(), _DTYPE_CODES[dtype])
         outputs.append((pair[0], pair[1]))

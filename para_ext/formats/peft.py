@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .. import layout
 from ..errors import ParaError
-from ..factors import LoraFactors
+from ..factors import LoraFactors, fold_bias, written_dtype
 from ..naming import natural_key
 from .output import CONFIG, PICKLED, SIDECAR, WEIGHTS, check_out, copy_along, write_folder, write_safetensors
 from .peft_config import PatternKeys, Targets, oldest_peft, unit_scale_config
@@ -194,18 +194,20 @@ class PeftAdapter:
             key_A, key_B, key_bias = slot.keys(slot.depth)
             rows, columns = slot.units
             shape_A, shape_B = (rows, *slot.A.shape[1:]), (slot.B.shape[0], columns, *slot.B.shape[2:])
-            slots.append(layout.Slot(key_A, _code(key_A, dtype or slot.A.dtype), shape_A, 0, module))
-            slots.append(layout.Slot(key_B, _code(key_B, dtype or slot.B.dtype), shape_B, 1, module))
+            code = _code(key_A, written_dtype(slot.A, slot.B, dtype))
+            slots.append(layout.Slot(key_A, code, shape_A, 0, module))
+            slots.append(layout.Slot(key_B, code, shape_B, 1, module))
             if slot.bias is not None:
                 code = _code(key_bias, dtype or slot.bias.dtype)
                 slots.append(layout.Slot(key_bias, code, tuple(slot.bias.shape), None, module))
         return layout.FileLayout(tuple(slots), self.header(metadata))
 
-    def tensors(self, new_factors: Sequence[LoraFactors]) -> dict[str, Tensor]:
+    def tensors(self, new_factors: Sequence[LoraFactors], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors of the new file by key, contiguous and unshared; if no component is kept, one pair of zeros.
 
         Args:
             new_factors: by name; B [m, k] and A [k, n]; a missing one or k = 0 means dropped.
+            dtype: of what else is written anew (lora_B.bias); None keeps its own.
         """
         given = {f.name: f for f in new_factors}
         ranks = self._ranks({f.name: f.rank for f in new_factors})
@@ -220,8 +222,8 @@ class PeftAdapter:
             key_A, key_B, key_bias = slot.keys(depth)
             tensors |= {key_A: A.contiguous(), key_B: B.contiguous()}
             if slot.bias is not None:
-                dtype = slot.bias.dtype if B.dtype == slot.B.dtype else B.dtype
-                tensors[key_bias] = (slot.bias.double() * slot.members[0].scale).to(dtype)
+                bias_dtype = dtype or slot.bias.dtype
+                tensors[key_bias] = fold_bias(slot.name, slot.bias, slot.members[0].scale, bias_dtype)
         unshared = self.weights.suffix == ".safetensors"
         for key, tensor in self.foreign.items():
             tensors[key] = tensor if unshared else tensor.clone(memory_format=torch.contiguous_format)
@@ -254,6 +256,7 @@ class PeftAdapter:
         *,
         metadata: str,
         sidecar: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> Written:
         """Write the compressed adapter as a folder, whole or not at all.
@@ -263,12 +266,13 @@ class PeftAdapter:
             new_factors: as for :meth:`tensors`.
             metadata: JSON text for ``para_ext`` in the safetensors header.
             sidecar: what para_ext.json holds.
+            dtype: as for :meth:`tensors`.
             overwrite: replace an adapter that is already there.
 
         Raises:
             ParaError: refused or not written; nothing has changed.
         """
-        tensors = self.tensors(new_factors)
+        tensors = self.tensors(new_factors, dtype)
         config = self.new_config({f.name: f.rank for f in new_factors})
         size, left_out = 0, []
 
