@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import click
 
 from . import __version__
 from .errors import ParaError
+from .whole_file import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -137,10 +139,8 @@ def compress(
     At most one budget of --energy, --keep, --params, --size, --total-rank, --threshold, --rank. Several --keep values
     make OUT/keep-0.25, OUT/keep-0.1 … from one decomposition.
     """
-    if report is not None and report.exists() and not options["overwrite"]:
-        raise ParaError(f"'{report}' exists: give another --report, or --overwrite")
-    if report is not None and not report.parent.is_dir():
-        raise ParaError(f"'{report.parent}' is not a folder: give a --report in one that exists")
+    if report is not None:
+        _check_report(report, adapter, out, overwrite=options["overwrite"])
     keeps: Any = list(keep) if len(keep) > 1 else keep[0] if keep else None
     with _progress(as_json) as say:
         say("importing PyTorch")
@@ -158,7 +158,7 @@ def compress(
     reports = result if isinstance(result, list) else [result]
     document = [r.to_dict() for r in reports] if isinstance(result, list) else result.to_dict()
     if report is not None:
-        report.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_text(report, json.dumps(document, indent=1) + "\n")
     if as_json:
         _print_json(document)
         return
@@ -251,6 +251,16 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def _check_report(report: Path, adapter: Path, out: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, a report that could not be written or would replace a part of an adapter."""
+    if any(report.resolve().is_relative_to(folder.resolve()) for folder in (adapter, out)):
+        raise ParaError(f"'{report}' lies inside an adapter: give a --report elsewhere")
+    if report.exists() and not overwrite:
+        raise ParaError(f"'{report}' exists: give another --report, or --overwrite")
+    if not (report.parent.is_dir() and os.access(report.parent, os.W_OK)):
+        raise ParaError(f"'{report.parent}' is not a folder that can be written to: give another --report")
+
+
 def _ranks(text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -274,9 +284,10 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda _: None
         return
     from rich.console import Console
+    from rich.text import Text
 
     with Console(stderr=True).status("starting") as status:
-        yield lambda words: status.update(f"{words} …")
+        yield lambda words: status.update(Text(f"{words} …"))
 
 
 def _print_json(document: Any) -> None:

@@ -27,6 +27,7 @@ from .spectra import ModuleSpectrum, Spectra
 
 DEFAULT_ENERGY = 0.95
 _NUMBER = r"\d{1,40}(?:\.\d{0,40})?|\.\d{1,40}"
+_LARGEST_WHOLE = 2**62
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -175,11 +176,13 @@ class _Shaping:
         allowed_ranks: Iterable[int] | None,
         uniform: str | None,
     ) -> _Shaping:
-        if uniform not in (None, "all", "type"):
-            raise ParaError(f"uniform={uniform!r} is unknown: give 'all' or 'type', or leave it out")
+        if uniform is not None and (not isinstance(uniform, str) or uniform not in ("all", "type")):
+            raise ParaError(f"uniform={_shown(uniform)} is unknown: give 'all' or 'type', or leave it out")
         if allowed_ranks is not None:
             if isinstance(allowed_ranks, str) or not isinstance(allowed_ranks, Iterable):
-                raise ParaError(f"allowed_ranks={allowed_ranks!r} is not a list of ranks: give one like [4, 8, 16]")
+                raise ParaError(
+                    f"allowed_ranks={_shown(allowed_ranks)} is not a list of ranks: give one like [4, 8, 16]"
+                )
             allowed_ranks = tuple(sorted({_whole("allowed_ranks", k, 0) for k in allowed_ranks} - {0}))
             if not allowed_ranks:
                 raise ParaError("allowed_ranks holds no rank above 0: give one like [4, 8, 16]")
@@ -221,30 +224,40 @@ class _Budget:
         given = [name for name, value in budgets.items() if value is not None]
         if len(given) > 1:
             raise ParaError(f"{' and '.join(given)} are given together: give one budget")
-        if score != "auto" and score not in _SCORES:
-            raise ParaError(f"score={score!r} is unknown: give 'auto', {' or '.join(map(repr, _SCORES))}")
+        if not isinstance(score, str) or (score != "auto" and score not in _SCORES):
+            raise ParaError(f"score={_shown(score)} is unknown: give 'auto', {' or '.join(map(repr, _SCORES))}")
         if not given and not shaped:
             given, budgets = ["energy"], {"energy": DEFAULT_ENERGY}
         name = given[0] if given else None
         if name == "threshold" and score != "auto":
-            raise ParaError(f"score={score!r} is given with threshold, which is always on sigma: leave score out")
+            raise ParaError(f"score={_shown(score)} is given with threshold, which is always on sigma: leave score out")
         if score == "auto":
             score = "density" if name in ("keep", "params", "size") else "sigma"
         return cls(name, _READERS[name](name, budgets[name]) if name else None, score)
 
 
 def _whole(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        raise ParaError(f"{name}={value!r} is out of range: give a whole number of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= _LARGEST_WHOLE:
+        raise ParaError(f"{name}={_shown(value)} is out of range: give a whole number of at least {least}")
     return int(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # an int of more digits than Python prints
+        return "a number of thousands of digits"
 
 
 def _fraction(name: str, value: Any) -> Fraction:
     """A fraction in (0, 1], exactly the decimal that the caller wrote."""
-    match = re.fullmatch(rf"\s*((?:{_NUMBER})(?:e-?\d{{1,3}})?)\s*(%?)\s*", str(value).lower())
+    text = "" if isinstance(value, int) and value > 1 else str(value)  # str of a huge int is an error
+    match = re.fullmatch(rf"\s*((?:{_NUMBER})(?:e-?\d{{1,3}})?)\s*(%?)\s*", text.lower())
     fraction = Fraction(match[1]) / (100 if match[2] else 1) if match else Fraction(0)
     if not 0 < fraction <= 1:
-        raise ParaError(f"{name}={value!r} is out of range: give a fraction above 0 and up to 1, like 0.25 or '25%'")
+        raise ParaError(
+            f"{name}={_shown(value)} is out of range: give a fraction above 0 and up to 1, like 0.25 or '25%'"
+        )
     return fraction
 
 
@@ -253,7 +266,9 @@ def _bytes(name: str, value: Any) -> int:
         return _whole(name, value)
     match = re.fullmatch(rf"\s*({_NUMBER})\s*([a-z]*)\s*", value.lower())
     if not match or match[2] not in _UNITS:
-        raise ParaError(f"{name}={value!r} is not a size: give bytes, or a number and a unit, like '32MiB' or '500kB'")
+        raise ParaError(
+            f"{name}={_shown(value)} is not a size: give bytes, or a number and a unit, like '32MiB' or '500kB'"
+        )
     return _whole(name, math.floor(Fraction(match[1]) * _UNITS[match[2]]))
 
 
@@ -263,7 +278,7 @@ def _sigma(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         sigma = math.nan
     if isinstance(value, bool) or not 0 <= sigma < math.inf:
-        raise ParaError(f"{name}={value!r} is out of range: give a singular value, a number of at least 0")
+        raise ParaError(f"{name}={_shown(value)} is out of range: give a singular value, a number of at least 0")
     return sigma
 
 

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from .errors import ParaError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -25,15 +27,19 @@ def map_single_threaded(function: Callable[[T], R], items: Iterable[T], threads:
     ``torch.get_num_threads()`` stays as it is, and so does that of threads born later.
 
     Raises:
+        ParaError: so many threads could not be started.
         Exception: that of the first item (in the given order) for which ``function`` raised one.
     """
+    items = list(items)
+    if not items:
+        return []
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def work(item: T) -> R:
         with torch.no_grad(), torch.cuda.stream(stream):  # both are per thread; stream None changes nothing
             return function(item)
 
-    return list(_workers(threads, os.getpid()).map(work, items))
+    return list(_workers(min(threads, os.cpu_count() or 1), os.getpid()).map(work, items))
 
 
 @functools.cache
@@ -46,8 +52,13 @@ def _workers(threads: int, pid: int) -> ThreadPoolExecutor:
     workers = ThreadPoolExecutor(threads, thread_name_prefix="para_ext")
     all_born = threading.Barrier(threads)
     with _birth, ThreadPoolExecutor(1) as aside:
-        default = aside.submit(torch.get_num_threads).result()
-        list(workers.map(_be_single_threaded, [all_born] * threads))
+        try:
+            default = aside.submit(torch.get_num_threads).result()
+            list(workers.map(_be_single_threaded, [all_born] * threads))
+        except RuntimeError as error:  # the system allows no more; those that were born must not wait for ever
+            all_born.abort()
+            workers.shutdown()
+            raise ParaError(f"{threads} threads could not be started ({error}): ask for fewer") from error
         aside.submit(torch.set_num_threads, default).result()
     return workers
 

@@ -121,6 +121,7 @@ def _table(title: str | None) -> Table:
 
 
 def _console() -> Console:
-    console = Console()
-    # In a pipe there is no width to fit into; cutting columns would lose what the reader asked for.
-    return console if console.is_terminal else Console(width=max(console.width, 160))
+    # Names and paths come from files: what looks like markup in them is text. In a pipe there is no width to fit into,
+    # and cutting columns would lose what the reader asked for.
+    console = Console(markup=False, emoji=False)
+    return console if console.is_terminal else Console(markup=False, emoji=False, width=max(console.width, 160))

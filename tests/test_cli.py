@@ -360,3 +360,42 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert done.returncode == 130
     assert done.stderr.strip() == "para-ext: interrupted; nothing was left half-written"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+# Names and paths that look like something else.
+
+
+def test_brackets_in_names_and_paths_are_text(run: Run, tmp_path: Path) -> None:
+    pairs = [(name.replace("q_proj", "q[/b]"), B, A) for name, B, A in factors()]
+    adapter = write_adapter(tmp_path / "a[/b]", pairs, target_modules=["q[/b]", "v_proj", "up"])
+    code, out, _ = run("compress", adapter, tmp_path / "o[/b]", "--keep", "0.5")
+    assert code == 0
+    assert "q[/b]" in out
+    assert run("verify", adapter, tmp_path / "o[/b]")[0] == 0
+    assert "q[/b]" in run("inspect", adapter)[1]
+
+
+def test_output_without_utf8_is_no_traceback(adapter: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "para_ext", "compress", str(adapter), str(tmp_path / "small")],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_report_never_replaces_a_part_of_an_adapter(run: Run, adapter: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    small = tmp_path / "small"
+    for report in (adapter / "adapter_config.json", small / "adapter_config.json", tmp_path / "nowhere" / "x.json"):
+        code, _, err = run("compress", adapter, small, "--keep", "0.5", "--overwrite", "--report", report)
+        assert code == 1
+        assert "--report" in err
+        assert contents(tmp_path) == before
+
+
+def test_a_damaged_isa_setting_is_one_line(run: Run, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = pytest.importorskip("para_ext.backends.cpu")
+    monkeypatch.setattr(cpu, "ISA", "abacus")
+    code, _, err = run("inspect", adapter)
+    assert code == 1
+    assert "PARA_EXT_ISA is 'abacus'" in err

@@ -614,3 +614,38 @@ def test_trained_adapters(tmp_path: Path) -> None:
             assert {f.rank for f in read_peft(out).factors} == {max(k, 1)}
             assert load_file(out / WEIGHTS).keys() >= adapter.foreign.keys()
     assert read
+
+
+def test_lora_tensors_that_are_no_pair_are_refused(tmp_path: Path) -> None:
+    """Passed through, they would keep their old scale under the new config."""
+    folder = save(adapt(build(), r=4, target_modules=["lin"]), tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key in ("base_model.model.x.lora_A", "base_model.model.x.lora_up.weight", "base_model.model.x.lora_E"):
+        save_file({**tensors, key: torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+        with pytest.raises(ParaError, match="is no part of a PEFT LoRA pair"):
+            read_peft(folder)
+
+
+def test_a_module_name_with_a_line_break_is_read(tmp_path: Path) -> None:
+    folder = save(adapt(build(), r=4, target_modules=["lin"]), tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k.replace("lin", "l\nin"): t for k, t in tensors.items()}, folder / "adapter_model.safetensors")
+    assert [f.name for f in read_peft(folder).factors] == ["l\nin"]
+
+
+def test_tensors_that_are_not_dense_are_refused(tmp_path: Path) -> None:
+    folder = save(adapt(build(), r=4, target_modules=["lin"]), tmp_path / "adapter")
+    tensors: dict[str, Any] = dict(load_file(folder / "adapter_model.safetensors"))
+    (folder / "adapter_model.safetensors").unlink()
+    for strange in (torch.eye(3).to_sparse(), torch.empty(2, 2, device="meta")):
+        torch.save({**tensors, "head.weight": strange}, folder / "adapter_model.bin")
+        with pytest.raises(ParaError, match=r"'head.weight' is not dense|not a whole PyTorch file"):
+            read_peft(folder)
+
+
+def test_an_alpha_of_hundreds_of_digits_is_refused(tmp_path: Path) -> None:
+    folder = save(adapt(build(), r=4, target_modules=["lin"]), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10**400}))
+    with pytest.raises(ParaError, match="lora_alpha"):
+        read_peft(folder)

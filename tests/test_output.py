@@ -260,3 +260,41 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     with safe_open(tmp_path / "0", framework="pt") as file:
         assert file.metadata() == metadata
         assert torch.equal(file.get_tensor("b"), arena[:6].view(2, 3))
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_right_after_a_rename_leaves_one_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    out = tmp_path / "out"
+    write_folder(out, lambda folder: _adapter(folder, "old"), overwrite=False, source=source)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    rename, calls = Path.rename, 0
+
+    def interrupted(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        result = rename(self, target)
+        if calls == at:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(out, lambda folder: _adapter(folder, "new"), overwrite=True, source=source)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_dots_in_the_path_make_no_folder(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_folder(tmp_path / "nope" / ".." / "out", lambda f: _adapter(f, "x"), overwrite=False, source=source)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def _adapter(folder: Path, text: str) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text(text)

@@ -249,3 +249,14 @@ def test_790_modules_in_a_second(step: int) -> None:
     for name in modules[::7]:
         assert injected(as_peft, name) == (ranks[name] > 0)
         assert not ranks[name] or peft_rank(as_peft, name) == (ranks[name],) * 2
+
+
+@pytest.mark.parametrize("old", ["(?i).*LM_HEAD", "(?x) .*lm_head  # the head", "(?is).*LM_HEAD"])
+def test_flags_of_an_old_exclude_modules_stay_its_own(old: str) -> None:
+    config = {"r": 8, "lora_alpha": 8, "target_modules": ["q", "lm_head"], "exclude_modules": old}
+    new = unit_scale_config(config, {"layers.0.q": 0, "layers.1.q": 4}, others=["lm_head"])
+    excluded = re.compile(new["exclude_modules"])
+    assert excluded.fullmatch("lm_head")
+    assert excluded.fullmatch("layers.0.q")
+    assert not excluded.fullmatch("layers.1.q")
+    assert not excluded.fullmatch("LAYERS.0.Q")

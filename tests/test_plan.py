@@ -751,3 +751,14 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, para_ext.plan; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"score": []}, {"score": {}}, {"uniform": [1, 2]}, {"rank": 10**5000}, {"keep": 10**5000}, {"size": 10**5000},
+     {"threshold": 10**5000}, {"rank": 10**300}, {"allowed_ranks": 7}],
+    ids=lambda a: next(iter(a)),
+)  # fmt: skip
+def test_absurd_arguments_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ParaError):
+        spectra_of(module("a", 3, 2, 1)).plan(**arguments)

@@ -51,20 +51,23 @@ def write_folder(out: Path, write: Callable[[Path], None], *, overwrite: bool, s
     Raises:
         ParaError: refused, or it could not be written; then nothing has changed.
     """
-    with _one_line(out):
+    if ".." in out.parts:
+        out = out.resolve()  # "a/../b" must not make a
+    with _one_line(out, source):
         replaces = check_out(out, overwrite=overwrite, source=source)
         with _parents(out), _temporary(out) as (new, old):
             write(new)
             _flush(new)
-            if replaces:
-                out.rename(old)
             try:
+                if replaces:
+                    out.rename(old)
                 new.rename(out)
                 _flush_folder(out.parent)
             except BaseException:
+                # An interrupt may come right after a rename: what lies where tells how far it got.
                 if not new.exists():
                     out.rename(new)
-                if replaces:
+                if old.exists():
                     old.rename(out)
                 raise
         if replaces:
@@ -163,12 +166,15 @@ def _is_ours(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _one_line(out: Path) -> Iterator[None]:
+def _one_line(out: Path, source: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ParaError(f"no space left to write '{out}': free some, or give a folder on another disk") from e
+        if e.filename and Path(os.fsdecode(e.filename)).is_relative_to(source):
+            reason = e.strerror or e
+            raise ParaError(f"'{os.fsdecode(e.filename)}' could not be read ({reason}): make it readable") from e
         raise ParaError(f"'{out}' could not be written ({e.strerror or e}): give a folder that can be") from e
 
 
@@ -217,7 +223,10 @@ def _flush(folder: Path) -> None:
 def _flush_folder(folder: Path) -> None:
     if os.name == "nt":  # Windows cannot open a folder, and needs no flush of one
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written but not read
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -17,8 +17,9 @@ import json
 import math
 import pickle
 import re
+import sys
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from .. import layout
 from ..errors import ParaError
-from ..factors import LoraFactors, fold_bias, written_dtype
+from ..factors import LoraFactors, fold_bias, holds_data, written_dtype
 from ..naming import natural_key
 from .output import CONFIG, PICKLED, SIDECAR, WEIGHTS, check_out, copy_along, write_folder, write_safetensors
 from .peft_config import PatternKeys, Targets, oldest_peft, unit_scale_config
@@ -40,7 +41,8 @@ from .peft_config import PatternKeys, Targets, oldest_peft, unit_scale_config
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     r"(?P<path>.+)\.lora_(?:(?P<which>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<leaf>weight|bias)"
-    r"|embedding_(?P<embedding>[AB])(?:\.(?P<name>[^.]+))?)"
+    r"|embedding_(?P<embedding>[AB])(?:\.(?P<name>[^.]+))?)",
+    re.DOTALL,
 )
 
 # The order in which models register the parameters of their experts; PEFT nests the wrappers in that order.
@@ -70,10 +72,13 @@ _FORMATS = (
     (r"\.lora_(embedding_)?[AB]\b", "PEFT LoRA"),
 )
 _CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # PyTorch ≥ 2.7
+    _CODES[torch.float8_e8m0fnu] = "F8_E8M0"
 _LFS = b"version https://git-lfs"
 
 Role = Literal["module", "parameter", "inner", "tied"]
@@ -348,6 +353,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ParaError(f"'{path}' is not a whole PyTorch file ({_line(e)}): download or save it again") from e
     if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
         raise ParaError(f"'{path}' is not a plain dict of tensors: save the adapter's state dict alone")
+    for key, tensor in loaded.items():
+        if not holds_data(tensor):
+            raise ParaError(f"'{path}': tensor '{key}' is not dense (sparse, nested, quantized or meta): save it dense")
     return {key: tensor.detach() for key, tensor in loaded.items()}, {}
 
 
@@ -394,7 +402,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _no_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen = dict(pairs)
     if len(seen) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ParaError(f"'{path}' gives {twice!r} twice: remove one")
     return seen
 
@@ -404,7 +412,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _is_dict(fits: Callable[[object], bool], value: object) -> bool:
@@ -477,6 +485,10 @@ def _sort(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, _Pair], 
         part = f"embedding {match['embedding']}" if match["embedding"] else f"{match['which']} {match['leaf']}"
         if parts[match["path"]].setdefault(part, tensor) is not tensor:
             raise ParaError(f"'{file}' holds '{match['path']}' for two adapters: save one of them alone")
+    for key in foreign if parts else ():
+        if (kind := recognise([key])) != "unknown":
+            # Passed through, it would keep its scale under a config that says another.
+            raise ParaError(f"'{file}': tensor {key!r} looks like {kind} but is no part of a PEFT LoRA pair; remove it")
     if len(adapters) > 1:
         names = ", ".join(sorted(str(name) for name in adapters))
         raise ParaError(f"'{file}' holds tensors of several adapters ({names}): save one of them alone")

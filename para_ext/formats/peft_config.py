@@ -197,7 +197,11 @@ def _target_changes(config: Mapping[str, Any], modules: Mapping[str, int]) -> It
 def _join(old: str | Collection[str] | None, names: Iterable[str]) -> str:
     """``exclude_modules`` as one regular expression: the old value, and these names in full."""
     if isinstance(old, str):
-        parts = [f"(?:{old})"] if old else []
+        # Flags that hold for the whole expression may only stand at its start: make them hold for the old part alone.
+        # (A comment under the flag x would swallow the closing bracket, but for the line break.)
+        flags, rest = re.fullmatch(r"((?:\(\?[aiLmsux]+\))*)(.*)", old, re.DOTALL).groups()  # type: ignore[union-attr]
+        letters = "".join(sorted(set(re.findall(r"[aiLmsux]", flags))))
+        parts = [f"(?{letters}:{rest}\n)" if "x" in letters else f"(?{letters}:{rest})"] if old else []
     else:
         parts = [rf"(?:.*\.)?{re.escape(entry)}" for entry in old or ()]
     return "|".join([*parts, _any_of(names)])
