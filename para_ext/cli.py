@@ -183,7 +183,7 @@ def verify(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure how far COMPRESSED is from ADAPTER, on both files as they are."""
+    """Measure how far COMPRESSED is from ADAPTER, on both files as they are: the factors, not heads or biases."""
     with _progress(as_json) as say:
         say("importing PyTorch")
         from .compress import verify as measure

@@ -16,7 +16,7 @@ from torch import nn
 
 from . import __version__
 from .backends import Truncated
-from .decomposition import Decomposition
+from .decomposition import Decomposition, checked_threads
 from .errors import ParaError
 from .factors import LoraFactors
 from .formats import PeftAdapter, read_adapter
@@ -59,8 +59,10 @@ def decompose(
     elif isinstance(source, str | Path):
         adapter = read_adapter(Path(source))
         factors, layout = _moved(adapter.factors, device), adapter.layout(None, " " * _HEADER_TEXT)
-    else:
+    elif isinstance(source, Iterable):
         factors = source
+    else:
+        raise ParaError(f"a {type(source).__name__} cannot be decomposed; give a folder, a model, or LoraFactors")
     decomposition = Decomposition(factors, backend, threads)
     decomposition.spectra = Spectra(decomposition.spectra.modules, layout)
     return decomposition
@@ -198,13 +200,15 @@ def verify(
 ) -> Verification:
     """Measure ‖ΔW − ΔW'‖_F between two adapters of one base, module by module, on the tensors as they are stored.
 
+    Only the factors are compared: not heads, biases, or DoRA's magnitudes.
+
     Raises:
         ParaError: one cannot be read, or they are not of the same base.
     """
     pair = [
         tuple(read_adapter(Path(x)).factors) if isinstance(x, str | Path) else tuple(x) for x in (adapter, compressed)
     ]
-    return compare(pair[0], pair[1], torch.get_num_threads() if threads is None else threads)
+    return compare(pair[0], pair[1], checked_threads(threads))
 
 
 def _moved(factors: Iterable[LoraFactors], device: str) -> Iterable[LoraFactors]:

@@ -14,8 +14,9 @@ import torch
 
 from .backends import Backend, Truncated
 from .certificate import difference
-from .errors import ParaError
+from .errors import ParaError, shown
 from .factors import DTYPES, LoraFactors, check_factors, dtype_name, written_dtype
+from .layout import LARGEST
 from .plan import Plan
 from .pool import map_single_threaded
 from .spectra import ModuleSpectrum, Spectra
@@ -36,7 +37,7 @@ class Decomposition:
 
     def __init__(self, factors: Iterable[LoraFactors], backend: str | None = None, threads: int | None = None) -> None:
         self.factors = check_factors(factors)
-        self.threads = torch.get_num_threads() if threads is None else threads
+        self.threads = checked_threads(threads)
         self._parts: list[tuple[Backend, list[int], Any]] = []
         sigma: list[list[float]] = [[]] * len(self.factors)
         self.betas = [0.0] * len(self.factors)
@@ -111,6 +112,9 @@ class Decomposition:
         if missing or len(ranks) != len(self.factors):
             where = f"'{missing[0]}' has no rank" if missing else "it names modules that this adapter lacks"
             raise ParaError(f"the plan is not for this adapter: {where}; plan with this decomposition's spectra")
+        for name, rank in ranks.items():
+            if type(rank) is not int or not 0 <= rank <= LARGEST:
+                raise ParaError(f"module '{name}': its rank is {shown(rank)}; give a whole number of at least 0")
         return [ranks[f.name] for f in self.factors]
 
     def _check_rounding(self, i: int, new: Truncated) -> None:
@@ -142,6 +146,15 @@ def _assign(factors: Sequence[LoraFactors], wanted: str | None) -> list[tuple[Ba
     for i, f in enumerate(factors):
         chosen.setdefault("cpu" if native is not None and native.supports(f) else "torch", []).append(i)
     return [(importlib.import_module(f"{__package__}.backends.{name}"), members) for name, members in chosen.items()]
+
+
+def checked_threads(threads: int | None) -> int:
+    """How many threads to use: as asked, or PyTorch's setting."""
+    if threads is None:
+        return torch.get_num_threads()
+    if type(threads) is not int or threads < 1:
+        raise ParaError(f"threads={shown(threads)} is out of range; give a whole number of at least 1")
+    return threads
 
 
 def native_backend(required: bool = False) -> Any:

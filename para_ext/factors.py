@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from .errors import ParaError
+from .errors import ParaError, shown
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -83,8 +84,10 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
                 )
         if f.A.device != f.B.device:
             raise ParaError(f"module '{f.name}': A is on {f.A.device}, B on {f.B.device}; move both to one device")
-        if not math.isfinite(f.scale):
-            raise ParaError(f"module '{f.name}': its scale is {f.scale}; alpha and rank must give a finite number")
+        if not isinstance(f.scale, Real) or not abs(f.scale) <= sys.float_info.max:
+            raise ParaError(
+                f"module '{f.name}': its scale is {shown(f.scale)}; alpha and rank must give a finite number"
+            )
     return checked
 
 

@@ -21,7 +21,7 @@ from itertools import accumulate, chain, zip_longest
 from numbers import Integral
 from typing import Any
 
-from .errors import ParaError
+from .errors import ParaError, shown
 from .naming import module_type, natural_key
 from .spectra import ModuleSpectrum, Spectra
 
@@ -177,11 +177,11 @@ class _Shaping:
         uniform: str | None,
     ) -> _Shaping:
         if uniform is not None and (not isinstance(uniform, str) or uniform not in ("all", "type")):
-            raise ParaError(f"uniform={_shown(uniform)} is unknown: give 'all' or 'type', or leave it out")
+            raise ParaError(f"uniform={shown(uniform)} is unknown: give 'all' or 'type', or leave it out")
         if allowed_ranks is not None:
             if isinstance(allowed_ranks, str) or not isinstance(allowed_ranks, Iterable):
                 raise ParaError(
-                    f"allowed_ranks={_shown(allowed_ranks)} is not a list of ranks: give one like [4, 8, 16]"
+                    f"allowed_ranks={shown(allowed_ranks)} is not a list of ranks: give one like [4, 8, 16]"
                 )
             allowed_ranks = tuple(sorted({_whole("allowed_ranks", k, 0) for k in allowed_ranks} - {0}))
             if not allowed_ranks:
@@ -225,12 +225,12 @@ class _Budget:
         if len(given) > 1:
             raise ParaError(f"{' and '.join(given)} are given together: give one budget")
         if not isinstance(score, str) or (score != "auto" and score not in _SCORES):
-            raise ParaError(f"score={_shown(score)} is unknown: give 'auto', {' or '.join(map(repr, _SCORES))}")
+            raise ParaError(f"score={shown(score)} is unknown: give 'auto', {' or '.join(map(repr, _SCORES))}")
         if not given and not shaped:
             given, budgets = ["energy"], {"energy": DEFAULT_ENERGY}
         name = given[0] if given else None
         if name == "threshold" and score != "auto":
-            raise ParaError(f"score={_shown(score)} is given with threshold, which is always on sigma: leave score out")
+            raise ParaError(f"score={shown(score)} is given with threshold, which is always on sigma: leave score out")
         if score == "auto":
             score = "density" if name in ("keep", "params", "size") else "sigma"
         return cls(name, _READERS[name](name, budgets[name]) if name else None, score)
@@ -238,15 +238,8 @@ class _Budget:
 
 def _whole(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= _LARGEST_WHOLE:
-        raise ParaError(f"{name}={_shown(value)} is out of range: give a whole number of at least {least}")
+        raise ParaError(f"{name}={shown(value)} is out of range: give a whole number of at least {least}")
     return int(value)
-
-
-def _shown(value: object) -> str:
-    try:
-        return f"{value!r:.60}"
-    except ValueError:  # an int of more digits than Python prints
-        return "a number of thousands of digits"
 
 
 def _fraction(name: str, value: Any) -> Fraction:
@@ -256,7 +249,7 @@ def _fraction(name: str, value: Any) -> Fraction:
     fraction = Fraction(match[1]) / (100 if match[2] else 1) if match else Fraction(0)
     if not 0 < fraction <= 1:
         raise ParaError(
-            f"{name}={_shown(value)} is out of range: give a fraction above 0 and up to 1, like 0.25 or '25%'"
+            f"{name}={shown(value)} is out of range: give a fraction above 0 and up to 1, like 0.25 or '25%'"
         )
     return fraction
 
@@ -267,7 +260,7 @@ def _bytes(name: str, value: Any) -> int:
     match = re.fullmatch(rf"\s*({_NUMBER})\s*([a-z]*)\s*", value.lower())
     if not match or match[2] not in _UNITS:
         raise ParaError(
-            f"{name}={_shown(value)} is not a size: give bytes, or a number and a unit, like '32MiB' or '500kB'"
+            f"{name}={shown(value)} is not a size: give bytes, or a number and a unit, like '32MiB' or '500kB'"
         )
     return _whole(name, math.floor(Fraction(match[1]) * _UNITS[match[2]]))
 
@@ -278,7 +271,7 @@ def _sigma(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         sigma = math.nan
     if isinstance(value, bool) or not 0 <= sigma < math.inf:
-        raise ParaError(f"{name}={_shown(value)} is out of range: give a singular value, a number of at least 0")
+        raise ParaError(f"{name}={shown(value)} is out of range: give a singular value, a number of at least 0")
     return sigma
 
 

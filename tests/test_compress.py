@@ -415,3 +415,20 @@ def test_a_scale_beyond_fp64_is_refused_by_name() -> None:
         f = LoraFactors("x", torch.full((300, rank), 1e10), torch.randn(rank, 300), 1e308)
         with pytest.raises(ParaError, match="module 'x': its singular values exceed"):
             para_ext.decompose([f])
+
+
+def test_arguments_of_the_wrong_kind_are_refused() -> None:
+    f = LoraFactors("x", torch.randn(20, 4), torch.randn(4, 30))
+    for threads in (0, -1, 1.5, "2"):
+        with pytest.raises(ParaError, match="threads="):
+            para_ext.decompose([f], threads=threads)  # type: ignore[arg-type]
+    for scale in (None, "1", 10**400):
+        with pytest.raises(ParaError, match="its scale is"):
+            para_ext.decompose([LoraFactors("x", f.B, f.A, scale)])  # type: ignore[arg-type]
+    d = para_ext.decompose([f])
+    for rank in (-1, 1.5, None, 2**61):
+        with pytest.raises(ParaError, match="its rank is"):
+            d.truncate({"x": rank})  # type: ignore[dict-item]
+    for source in (None, 5):
+        with pytest.raises(ParaError, match="cannot be decomposed"):
+            para_ext.decompose(source)  # type: ignore[arg-type]
