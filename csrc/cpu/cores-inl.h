@@ -1,62 +1,117 @@
 // Stage 1: B [m, r], A [r, n] → R_B, R_A, M = scale · R_B · R_Aᵀ.
 //
-// R comes from a Gram matrix accumulated in fp64 (exact products of ≤ 32-bit data; chains of CHAIN rows, panels of
-// CHUNK, partial sums of panels added in a fixed pairwise tree) by a pivoted Cholesky of the Gram matrix, its diagonal
+// R comes from a Gram matrix accumulated in fp64 (exact products of ≤ 32-bit data; chains of CHAIN rows, CHAINS of them
+// added one by one to a block, blocks in a fixed pairwise tree) by a pivoted Cholesky of the Gram matrix, its diagonal
 // scaled to [1, 4) by powers of two: only the column-scaled condition number counts (Demmel & Veselić 1992; van der
 // Sluis 1969), and scaling columns by powers of two changes no bit.
 #pragma once
 
 #include <cmath>
 
-#include "panel-inl.h"
+#include "tile-inl.h"
 
 namespace para {
 namespace PARA_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 128;  // rows of a panel
-constexpr int64_t CHAIN = 32;   // rows added up one by one: rounding of equal terms all goes one way
+constexpr int64_t CHAIN = 64;   // rows added up one by one: rounding of equal terms all goes one way
+constexpr int64_t CHAINS = 16;  // of a block
+constexpr int64_t BLOCK = CHAIN * CHAINS;
+constexpr int64_t PANEL = 2 * CHAIN;  // rows packed at a time
+constexpr int64_t APART = PANEL * STRIP + 8;  // of a panel's strips: not a power of two, which would share cache sets
 constexpr double UNIT_ROUNDOFF = 0x1p-53;
-constexpr int64_t TILE = 4;
 
-// G [width, width] = PᵀP of a panel P [count, width]; entries left of the diagonal's tile are not written.
-inline void gram_of_panel(const double* panel, int64_t count, int64_t width, double* gram) {
-    for (int64_t i = 0; i < width; i += TILE) {
-        for (int64_t j = i / LANES * LANES; j < width; j += LANES) {
-            for (int64_t first = 0; first < count; first += CHAIN) {
-                const int64_t last = first + CHAIN < count ? first + CHAIN : count;
-                Vec acc[TILE];
-                for (Vec& a : acc) a = splat(0);
-                for (int64_t k = first; k < last; ++k) {
-                    const Vec right = load(panel + k * width + j);
-                    for (int64_t t = 0; t < TILE; ++t) {
-                        acc[t] = fma_exact(splat(panel[k * width + i + t]), right, acc[t]);
-                    }
-                }
-                for (int64_t t = 0; t < TILE; ++t) {
-                    double* to = gram + (i + t) * width + j;
-                    store(to, first == 0 ? acc[t] : load(to) + acc[t]);
-                }
+// G's rows from row·STRIP, STRIPS strips from column strip·STRIP on, gain those of PᵀP; `fresh`: are set to them.
+// TOGETHER chains run side by side, where one has too few sums to keep the machine busy.
+template <int STRIPS, int TOGETHER>
+inline void gram_tile(const double* panel, int64_t count, int64_t row, int64_t strip, int64_t width, bool fresh,
+                      double* gram) {
+    constexpr int ROWS = static_cast<int>(STRIP);
+    using Sums = Tile<ROWS, STRIPS>;
+    double* out = gram + row * STRIP * width + strip * STRIP;
+    const Left left = {panel + row * APART, 1, STRIP};
+    const Right right = {panel + strip * APART, APART, STRIP};
+    auto total = [&](const Sums& sums) {
+        PARA_UNROLL
+        for (int i = 0; i < ROWS; ++i) {
+            PARA_UNROLL
+            for (int q = 0; q < Sums::WIDE; ++q) {
+                double* to = out + i * width + q * PART;
+                store_part(to, fresh ? sums.sum[i][q] : load_part(to) + sums.sum[i][q]);
             }
         }
+        fresh = false;
+    };
+    int64_t k = 0;
+    if (TOGETHER > 1) {
+        for (; k + TOGETHER * CHAIN <= count; k += TOGETHER * CHAIN) {
+            Sums sums[TOGETHER];
+            PARA_UNROLL
+            for (int t = 0; t < TOGETHER; ++t) sums[t].clear();
+            for (int64_t i = k; i < k + CHAIN; ++i) {
+                PARA_UNROLL
+                for (int t = 0; t < TOGETHER; ++t) {
+                    const int64_t at = (i + t * CHAIN) * STRIP;
+                    sums[t].template add<Terms::exact>({left.data + at, 1, STRIP}, {right.data + at, APART, STRIP}, 1);
+                }
+            }
+            PARA_UNROLL
+            for (int t = 0; t < TOGETHER; ++t) total(sums[t]);
+        }
+    }
+    for (; k < count; k += CHAIN) {
+        const int64_t at = k * STRIP;
+        Sums sums;
+        sums.clear();
+        sums.template add<Terms::exact>({left.data + at, 1, STRIP}, {right.data + at, APART, STRIP},
+                                        count - k < CHAIN ? count - k : CHAIN);
+        total(sums);
     }
 }
 
-// G [width, width] of the rows of x (of its columns if transposed). Scratch: panel [CHUNK, width], levels ≥
-// log2(rows/CHUNK) + 2 buffers of [width, width]; the result is left in the first.
-inline void gram(const Matrix& x, bool transposed, int64_t width, double* panel, double* levels) {
-    const int64_t rows = transposed ? x.cols : x.rows;
-    const int64_t size = width * width;
-    int64_t depth = 0;  // partial sums on the stack; they cover chunks like the binary digits of their count
-    int64_t chunks = 0;
-    for (int64_t first = 0; first < rows; first += CHUNK) {
-        const int64_t count = rows - first < CHUNK ? rows - first : CHUNK;
-        pack(x, transposed, first, count, width, panel);
-        gram_of_panel(panel, count, width, levels + depth * size);
+// G [width, width] gains PᵀP of a panel P [count, strips·STRIP]; what lies left of the diagonal's blocks is not written.
+inline void gram_of_panel(const double* panel, int64_t count, int64_t strips, int64_t width, bool fresh, Ahead ahead,
+                          double* gram) {
+    const int64_t lines = ahead.lines() / (strips * (strips + 1) / 2) + 1;  // for every block
+    int64_t from = 0;
+    for (int64_t shares = (strips + MOST_STRIPS - 1) / MOST_STRIPS; shares > 0; --shares) {
+        const int64_t until = from + (strips - from) / shares;
+        for (int64_t row = 0; row < until; ++row) {
+            const int64_t strip = row > from ? row : from;
+            ahead.fetch(lines * (until - strip));
+            switch (until - strip) {
+                case 1:
+                    gram_tile<1, MOST_STRIPS == 1 ? 1 : 2>(panel, count, row, strip, width, fresh, gram);
+                    break;
+                case 2:
+                    gram_tile<MOST_STRIPS == 1 ? 1 : 2, 1>(panel, count, row, strip, width, fresh, gram);
+                    break;
+                default:
+                    gram_tile<MOST_STRIPS, 1>(panel, count, row, strip, width, fresh, gram);
+            }
+        }
+        from = until;
+    }
+}
+
+// G [width, width] of the rows of x. Scratch: panel [strips, APART], gram_levels(rows) buffers of [width, width]; the
+// result is left in the first.
+template <class T>
+void gram(const View<T>& x, int64_t width, double* panel, double* levels) {
+    const int64_t size = width * width, strips = (x.cols + STRIP - 1) / STRIP;
+    int64_t depth = 0;  // partial sums on the stack; they cover blocks like the binary digits of their count
+    int64_t blocks = 0;
+    for (int64_t begin = 0; begin < x.rows; begin += BLOCK) {
+        const int64_t end = begin + BLOCK < x.rows ? begin + BLOCK : x.rows;
+        for (int64_t first = begin; first < end; first += PANEL) {
+            const int64_t count = end - first < PANEL ? end - first : PANEL;
+            const int64_t next = first + PANEL, coming = x.rows - next < PANEL ? x.rows - next : PANEL;
+            pack_strips(x, first, count, 0, strips, panel, APART, STRIP);
+            gram_of_panel(panel, count, strips, width, first == begin, Ahead(x, next, coming, 0, x.cols), levels + depth * size);
+        }
         ++depth;
-        ++chunks;
-        const bool last = first + CHUNK >= rows;
-        for (int64_t digit = chunks; depth > 1 && (last || digit % 2 == 0); digit /= 2) {
+        ++blocks;
+        for (int64_t digit = blocks; depth > 1 && (end == x.rows || digit % 2 == 0); digit /= 2) {
             double* into = levels + (depth - 2) * size;
             const double* from = levels + (depth - 1) * size;
             for (int64_t i = 0; i < size; i += LANES) store(into + i, load(into + i) + load(from + i));
@@ -67,7 +122,7 @@ inline void gram(const Matrix& x, bool transposed, int64_t width, double* panel,
 
 inline int64_t gram_levels(int64_t rows) {
     int64_t levels = 2;
-    for (int64_t chunks = (rows + CHUNK - 1) / CHUNK; chunks > 1; chunks /= 2) ++levels;
+    for (int64_t blocks = (rows + BLOCK - 1) / BLOCK; blocks > 1; blocks /= 2) ++levels;
     return levels;
 }
 
@@ -78,76 +133,84 @@ inline double diagonal_scale(double g) {
     return std::ldexp(1.0, exponent % 2 == 0 ? exponent / 2 - 1 : (exponent - 1) / 2);
 }
 
+template <class T>
+inline void exchange(T& x, T& y) {
+    const T held = x;
+    x = y;
+    y = held;
+}
+
 // R [rank, r] (row-major, columns in their own order) with RᵀR = G, pivot[j] the column eliminated at step j.
-// G [width, width], upper part given, is destroyed. Stops where a pivot is rounding noise. Scratch: scale [width].
+// G [width, width], upper part given, is destroyed: rows and columns are exchanged as they are eliminated, so that what
+// is left shrinks. Stops where a pivot is rounding noise. Scratch: scale [width].
 inline int64_t pivoted_cholesky(double* g, int64_t width, int64_t r, int64_t max_rank, double* scale, double* out,
                                 int64_t* pivot) {
-    for (int64_t i = 0; i < width; ++i) scale[i] = i < r && g[i * width + i] > 0 ? diagonal_scale(g[i * width + i]) : 1;
     double largest = 0;
+    for (int64_t i = 0; i < r; ++i) scale[i] = g[i * width + i] > 0 ? 1 / diagonal_scale(g[i * width + i]) : 1;
     for (int64_t i = 0; i < r; ++i) {
-        for (int64_t j = i; j < width; ++j) {
-            const double scaled = g[i * width + j] / scale[i] / scale[j];
-            g[i * width + j] = scaled;
-            if (j < r) g[j * width + i] = scaled;
-        }
+        for (int64_t j = i; j < r; ++j) g[i * width + j] *= scale[i] * scale[j];
         if (g[i * width + i] > largest) largest = g[i * width + i];
+        pivot[i] = i;
     }
     const double noise = static_cast<double>(r) * UNIT_ROUNDOFF * largest;
 
-    // Columns still to be eliminated are left in pivot[rank …]; the eliminated ones move to the front.
-    for (int64_t i = 0; i < r; ++i) pivot[i] = i;
     int64_t rank = 0;
     for (; rank < max_rank; ++rank) {
         int64_t best = rank;
         for (int64_t i = rank + 1; i < r; ++i) {
-            const double challenger = g[pivot[i] * width + pivot[i]], champion = g[pivot[best] * width + pivot[best]];
+            const double challenger = g[i * width + i], champion = g[best * width + best];
             if (challenger > champion || (challenger == champion && pivot[i] < pivot[best])) best = i;
         }
-        const int64_t p = pivot[best];
-        const double d = g[p * width + p];
+        const double d = g[best * width + best];
         if (!(d > noise)) break;
-        pivot[best] = pivot[rank];
-        pivot[rank] = p;
-
-        double* row = g + p * width;  // becomes the row of R, still scaled
-        const double root = std::sqrt(d);
-        for (int64_t i = 0; i < rank; ++i) row[pivot[i]] = 0;
-        for (int64_t j = 0; j < width; j += LANES) store(row + j, load(row + j) / splat(root));
-        row[p] = root;
-        for (int64_t i = rank + 1; i < r; ++i) {
-            double* other = g + pivot[i] * width;
-            const Vec factor = splat(row[pivot[i]]);
-            for (int64_t j = 0; j < width; j += LANES) store(other + j, load(other + j) - factor * load(row + j));
+        double* row = g + rank * width;  // becomes the row of R, still scaled
+        if (best != rank) {
+            for (int64_t i = 0; i < rank; ++i) exchange(g[i * width + rank], g[i * width + best]);
+            for (int64_t i = rank + 1; i < best; ++i) exchange(row[i], g[i * width + best]);
+            for (int64_t j = best + 1; j < r; ++j) exchange(row[j], g[best * width + j]);
+            exchange(row[rank], g[best * width + best]);
+            exchange(pivot[rank], pivot[best]);
         }
-        for (int64_t j = 0; j < r; ++j) out[rank * r + j] = row[j] * scale[j];
+        const double root = std::sqrt(d);
+        row[rank] = root;
+        for (int64_t j = rank + 1; j < r; ++j) row[j] /= root;
+        for (int64_t i = rank + 1; i < r; ++i) {
+            double* other = g + i * width;
+            const Vec factor = splat(row[i]);
+            for (int64_t j = i / LANES * LANES; j < width; j += LANES) {
+                store(other + j, load(other + j) - factor * load(row + j));
+            }
+        }
     }
-    for (int64_t i = rank * r; i < r * r; ++i) out[i] = 0;
+    for (int64_t i = 0; i < r * r; ++i) out[i] = 0;
+    for (int64_t i = 0; i < rank; ++i) {
+        for (int64_t j = i; j < r; ++j) out[i * r + pivot[j]] = g[i * width + j] / scale[pivot[j]];
+    }
     return rank;
 }
 
-// out [r, r] ← factor · X · Yᵀ, X [rows, r], Y [cols, r], zero elsewhere. Scratch: yt [r, width], line [width].
+// out [r, r] ← factor · X · Yᵀ, X [rows, r], Y [cols, r], zero elsewhere. Scratch: yt [r, width].
 inline void product_transposed(const double* x, int64_t rows, const double* y, int64_t cols, int64_t r, int64_t width,
-                               double factor, double* yt, double* line, double* out) {
+                               double factor, double* yt, double* out) {
     for (int64_t l = 0; l < r; ++l) {
         for (int64_t j = 0; j < width; ++j) yt[l * width + j] = j < cols ? y[j * r + l] : 0;
     }
-    for (int64_t i = 0; i < r; ++i) {
-        for (int64_t j = 0; j < width; j += LANES) {
-            Vec acc = splat(0);
-            if (i < rows) {
-                for (int64_t l = 0; l < r; ++l) acc += splat(x[i * r + l]) * load(yt + l * width + j);
-            }
-            store(line + j, acc * splat(factor));
+    for (int64_t i = rows * r; i < r * r; ++i) out[i] = 0;
+    const Right right = {yt, STRIP, width};
+    product<Terms::rounded>({x, r, 1}, rows, right, width / STRIP, r, [&](int64_t i, int64_t j, const auto& tile) {
+        for (int row = 0; row < tile.HIGH; ++row) {
+            double line[tile.WIDE * PART];
+            for (int q = 0; q < tile.WIDE; ++q) store_part(line + q * PART, tile.sum[row][q] * part(factor));
+            for (int64_t t = 0; t < tile.WIDE * PART && j + t < r; ++t) out[(i + row) * r + j + t] = line[t];
         }
-        for (int64_t j = 0; j < r; ++j) out[i * r + j] = line[j];
-    }
+    });
 }
 
 // Doubles of scratch that cores() needs for a module.
 inline int64_t cores_scratch(const Problem& p) {
     const int64_t width = round_up(p.rank(), LANES);
     const int64_t rows = p.b.rows > p.a.cols ? p.b.rows : p.a.cols;
-    return CHUNK * width + gram_levels(rows) * width * width + 2 * width;
+    return width / STRIP * APART + gram_levels(rows) * width * width + width;
 }
 
 // Returns 0, or 1 if B, 2 if A holds a NaN or an infinity, 3 if M overflows: in fp64 the squares of ≤ 32-bit data can't
@@ -155,23 +218,23 @@ inline int64_t cores_scratch(const Problem& p) {
 inline int cores(const Problem& p, double* scratch) {
     const int64_t r = p.rank(), width = round_up(r, LANES);
     double* panel = scratch;
-    double* levels = panel + CHUNK * width;
+    double* levels = panel + width / STRIP * APART;
     const int64_t rows = p.b.rows > p.a.cols ? p.b.rows : p.a.cols;
-    double* lines = levels + gram_levels(rows) * width * width;
+    double* scale = levels + gram_levels(rows) * width * width;
     const Core& core = p.core;
 
     for (int side = 0; side < 2; ++side) {
         const bool is_a = side == 1;
-        gram(is_a ? p.a : p.b, is_a, width, panel, levels);
+        with_view(is_a ? p.a : p.b, is_a, [&](const auto& x) { gram(x, width, panel, levels); });
         double squared_norm = 0;
         for (int64_t i = 0; i < r; ++i) squared_norm += levels[i * width + i];
         if (!std::isfinite(squared_norm)) return side + 1;
         core.squared_norms[side] = squared_norm;
         const int64_t other = is_a ? p.a.cols : p.b.rows;
-        core.ranks[side] = pivoted_cholesky(levels, width, r, r < other ? r : other, lines, is_a ? core.r_a : core.r_b,
+        core.ranks[side] = pivoted_cholesky(levels, width, r, r < other ? r : other, scale, is_a ? core.r_a : core.r_b,
                                             is_a ? core.pivot_a : core.pivot_b);
     }
-    product_transposed(core.r_b, core.ranks[0], core.r_a, core.ranks[1], r, width, p.scale, levels, lines, core.m);
+    product_transposed(core.r_b, core.ranks[0], core.r_a, core.ranks[1], r, width, p.scale, levels, core.m);
     for (int64_t i = 0; i < r * r; ++i) {
         if (!std::isfinite(core.m[i])) return 3;
     }

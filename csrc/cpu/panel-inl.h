@@ -9,161 +9,323 @@ namespace para {
 namespace PARA_ISA {
 namespace {
 
-inline float float_from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+// As many storage elements as a register has doubles. Compilers know these conversions, but not that one instruction
+// makes each.
+#if defined(__GNUC__)
+typedef float Floats __attribute__((vector_size(PART_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(PART_BYTES / 2)));
+typedef uint16_t Halves __attribute__((vector_size(PART_BYTES / 4)));
+#else
+using Floats = float;
+using Words = uint32_t;
+using Halves = uint16_t;
+#endif
+#if defined(__AVX512F__)
+inline Part widened(Floats x) {
+    return (Part)_mm512_maskz_cvtps_pd(0xff, (__m256)x);
 }
-inline uint32_t bits_of_float(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
+inline Floats narrowed(Part x) {
+    return (Floats)_mm512_maskz_cvtpd_ps(0xff, (__m512d)x);
+}
+inline Words widened(Halves x) {
+    return (Words)_mm256_cvtepu16_epi32((__m128i)x);
+}
+inline Halves narrowed(Words x) {
+    return (Halves)_mm256_cvtepi32_epi16((__m256i)x);
+}
+#elif defined(__AVX2__)
+inline Part widened(Floats x) {
+    return (Part)_mm256_cvtps_pd((__m128)x);
+}
+inline Floats narrowed(Part x) {
+    return (Floats)_mm256_cvtpd_ps((__m256d)x);
+}
+inline Words widened(Halves x) {
+    return (Words)_mm_cvtepu16_epi32(_mm_cvtsi64_si128((int64_t)x));
+}
+inline Halves narrowed(Words x) {
+    return (Halves)_mm_cvtsi128_si64(_mm_packus_epi32((__m128i)x, (__m128i)x));
+}
+#elif defined(__GNUC__)
+inline Part widened(Floats x) {
+    return __builtin_convertvector(x, Part);
+}
+inline Floats narrowed(Part x) {
+    return __builtin_convertvector(x, Floats);
+}
+inline Words widened(Halves x) {
+    return __builtin_convertvector(x, Words);
+}
+inline Halves narrowed(Words x) {
+    return __builtin_convertvector(x, Halves);
+}
+#else
+inline Part widened(Floats x) {
+    return x;
+}
+inline Floats narrowed(Part x) {
+    return static_cast<Floats>(x);
+}
+inline Words widened(Halves x) {
+    return x;
+}
+inline Halves narrowed(Words x) {
+    return static_cast<Halves>(x);
+}
+#endif
+
+template <class To, class From>
+inline To same_bits(From x) {
+    static_assert(sizeof(To) == sizeof(From), "nothing is converted");
+    To out;
+    std::memcpy(&out, &x, sizeof out);
+    return out;
+}
+template <class V>
+inline V take(const void* from) {
+    V out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
 }
 
+// x rounded to BITS significant bits, and to multiples of `step` where that is coarser (the format's subnormals).
+template <int BITS>
+inline Part rounded(Part x, double step) {
+    constexpr int DROP = 53 - BITS;
+    Truth bits = same_bits<Truth>(x);
+    const Truth sign = bits & INT64_MIN;
+    bits += ((int64_t{1} << (DROP - 1)) - 1) + ((bits >> DROP) & 1);
+    const Part normal = same_bits<Part>(bits & -(int64_t{1} << DROP));
+    // Adding 1.5·2^52 steps leaves no room for anything below one step.
+    const Part magic = part(0x1.8p52 * step);
+    const Part subnormal = same_bits<Part>(same_bits<Truth>((x + magic) - magic) | sign);
+    const Part magnitude = same_bits<Part>(same_bits<Truth>(x) & INT64_MAX);
+    return select(part(step * static_cast<double>(int64_t{1} << (BITS - 1))) > magnitude, subnormal, normal);
+}
+
+// Formats: load reads PART elements, store writes PART and returns what was stored.
 struct F32 {
     using Storage = float;
-    static double read(float x) { return x; }
-    static float write(double x) { return static_cast<float>(x); }
-};
-
-// fp64 → fp32 by rounding to odd, after which rounding to any format of ≤ 22 significant bits is a single rounding
-// (Boldo & Melquiond, IEEE Trans. Computers 57, 2008).
-inline uint32_t bits_rounded_to_odd(double x) {
-    const float nearest = static_cast<float>(x);
-    uint32_t bits = bits_of_float(nearest);
-    const double back = nearest;
-    if (back != x && back == back) {
-        if ((back > x) == (back > 0)) --bits;  // away from zero (overflow to infinity too): step towards zero
-        bits |= 1;
+    static Part load(const float* from) { return widened(take<Floats>(from)); }
+    static Part store(float* to, Part x) {
+        const Floats stored = narrowed(x);
+        std::memcpy(to, &stored, sizeof stored);
+        return widened(stored);
     }
-    return bits;
-}
+};
 
 struct BF16 {
     using Storage = uint16_t;
-    static double read(uint16_t x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
-    static uint16_t write(double x) {
-        const uint32_t bits = bits_rounded_to_odd(x);
-        return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    static Part load(const uint16_t* from) {
+        return widened(same_bits<Floats>(widened(take<Halves>(from)) << 16));
+    }
+    static Part store(uint16_t* to, Part x) {
+        const Floats stored = narrowed(rounded<8>(x, 0x1p-133));
+        const Halves halves = narrowed(same_bits<Words>(stored) >> 16);
+        std::memcpy(to, &halves, sizeof halves);
+        return widened(stored);
     }
 };
 
 struct F16 {
     using Storage = uint16_t;
-    static double read(uint16_t x) {
-        const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
-        const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
-        const uint32_t special = magnitude >= 0x0f800000 ? 0x70000000 : 0;  // infinity and NaN keep their exponent
-        return static_cast<double>(float_from_bits((magnitude + special) | sign)) * (special ? 1.0 : 0x1p112);
+    static Part load(const uint16_t* from) {
+        const Words half = widened(take<Halves>(from));
+        const Words magnitude = (half & 0x7fff) << 13;
+        // Infinity and NaN keep their exponent.
+        const Words special = select_words(magnitude >= 0x0f800000, 0x70000000);
+        return widened(same_bits<Floats>((magnitude + special) | ((half & 0x8000) << 16))) * part(0x1p112);
     }
-    static uint16_t write(double x) {
-        const uint32_t bits = bits_rounded_to_odd(x);
-        const uint32_t sign = (bits >> 16) & 0x8000;
-        const uint32_t magnitude = bits & 0x7fffffff;
-        uint32_t half;
-        if (magnitude >= 0x47800000) {
-            half = 0x7c00;  // 65536 and above
-        } else if (magnitude >= 0x38800000) {
-            half = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) - 0x38000000) >> 13;
-        } else {
-            // Subnormal: adding 0.5 aligns the significand to multiples of 2^-24, and the addition rounds to even.
-            half = bits_of_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000;
-        }
-        return static_cast<uint16_t>(half | sign);
+    static Part store(uint16_t* to, Part x) {
+        const Floats stored = narrowed(rounded<11>(x, 0x1p-24));
+        const Words bits = same_bits<Words>(stored);
+        const Words magnitude = bits & 0x7fffffff;
+        const Words infinite = select_words(magnitude >= 0x47800000, ~uint32_t{0});
+        const Words subnormal = select_words(magnitude < 0x38800000, ~uint32_t{0});
+        // A subnormal is a whole number of steps of 2^-24: adding ½ leaves that number in the last bits.
+        const Words steps = same_bits<Words>(same_bits<Floats>(magnitude) + 0.5f) - 0x3f000000;
+        const Words normal = (magnitude - 0x38000000) >> 13;
+        const Words half = (infinite & 0x7c00) | (~infinite & ((subnormal & steps) | (~subnormal & normal)));
+        const Halves halves = narrowed(half | ((bits >> 16) & 0x8000));
+        std::memcpy(to, &halves, sizeof halves);
+        return load(to);
     }
+
+  private:
+#if defined(__GNUC__)
+    typedef int32_t Chosen __attribute__((vector_size(PART_BYTES / 2)));
+    static Words select_words(Chosen truth, uint32_t yes) { return same_bits<Words>(truth) & yes; }
+#else
+    static Words select_words(bool truth, uint32_t yes) { return truth ? yes : 0; }
+#endif
 };
 
-// Eight elements that lie side by side, as fp64.
+// The first `count` < PART elements; zeros behind them.
 template <class T>
-inline void read_eight(const typename T::Storage* from, double* to) {
-    for (int64_t i = 0; i < LANES; ++i) to[i] = T::read(from[i]);
+inline Part load_some(const typename T::Storage* from, int64_t count) {
+    typename T::Storage all[PART] = {};
+    std::memcpy(all, from, sizeof(all[0]) * static_cast<size_t>(count));
+    return T::load(all);
+}
+template <class T>
+inline Part store_some(typename T::Storage* to, Part x, int64_t count) {
+    typename T::Storage all[PART];
+    const Part stored = T::store(all, x);
+    std::memcpy(to, all, sizeof(all[0]) * static_cast<size_t>(count));
+    return stored;
 }
 
-// out [count, width] ← rows first … first+count of x [·, columns], zero-padded to width. A matrix whose elements lie
-// side by side along its columns (A transposed: A's columns are rows here) is read that way, in blocks of 8 × 8.
+// A matrix in one of the formats; strides in elements.
 template <class T>
-void pack(const typename T::Storage* x, int64_t row_stride, int64_t col_stride, int64_t first, int64_t count,
-          int64_t columns, int64_t width, double* out) {
-    x += first * row_stride;
-    if (col_stride == 1) {
-        for (int64_t i = 0; i < count; ++i) {
-            const typename T::Storage* row = x + i * row_stride;
-            double* to = out + i * width;
-            int64_t j = 0;
-            for (; j + LANES <= columns; j += LANES) read_eight<T>(row + j, to + j);
-            for (; j < columns; ++j) to[j] = T::read(row[j]);
-            for (; j < width; ++j) to[j] = 0;
-        }
-        return;
+struct View {
+    using Format = T;
+    const typename T::Storage* data;
+    int64_t rows, cols, row_stride, col_stride;
+
+    const typename T::Storage* at(int64_t i, int64_t j) const { return data + i * row_stride + j * col_stride; }
+};
+
+// Calls work(View) with x, or with its transpose.
+template <class Work>
+inline void with_view(const Matrix& x, bool transposed, Work work) {
+    const int64_t rows = transposed ? x.cols : x.rows, cols = transposed ? x.rows : x.cols;
+    const int64_t down = transposed ? x.col_stride : x.row_stride, across = transposed ? x.row_stride : x.col_stride;
+    switch (x.dtype) {
+        case DType::f32:
+            return work(View<F32>{static_cast<const float*>(x.data), rows, cols, down, across});
+        case DType::f16:
+            return work(View<F16>{static_cast<const uint16_t*>(x.data), rows, cols, down, across});
+        case DType::bf16:
+            return work(View<BF16>{static_cast<const uint16_t*>(x.data), rows, cols, down, across});
     }
-    for (int64_t j = 0; j < width; j += LANES) {
-        const int64_t given = columns - j < LANES ? columns - j : LANES;
+}
+
+// Strips: a panel [count, columns] as strips of STRIP columns, `apart` doubles from one to the next, their rows `step`
+// doubles from one to the next; zeros where there are no columns. With step = STRIP a product reads them from front to
+// back, whatever the width; with apart = STRIP they are rows.
+constexpr int64_t STRIP = PART < 4 ? 4 : PART;
+constexpr int64_t PARTS = STRIP / PART;  // registers of a strip's row
+
+// Rows whose elements lie side by side: one register after the other. So many rows at a time that their lines stay in
+// the first cache while register after register is taken from them; far apart, rows would push each other out of it.
+template <class T>
+void pack_across(const View<T>& x, int64_t first, int64_t count, int64_t left, int64_t strips, double* out,
+                 int64_t apart, int64_t step) {
+    const int64_t all = strips * PARTS, there = (x.cols - left) / PART;
+    const int64_t whole = there < all ? there : all, rest = whole < all ? x.cols - left - whole * PART : 0;
+    const int64_t together = x.row_stride == x.cols ? 16 : 1;
+    for (int64_t begin = 0; begin < count; begin += together) {
+        const int64_t rows = count - begin < together ? count - begin : together;
+        const typename T::Storage* from = x.at(first + begin, left);
+        const auto place = [&](int64_t q) { return out + q / PARTS * apart + q % PARTS * PART + begin * step; };
+        if (rows == 1) {
+            PARA_UNROLL_SOME
+            for (int64_t q = 0; q < whole; ++q) store_part(place(q), T::load(from + q * PART));
+        } else {
+            for (int64_t q = 0; q < whole; ++q) {
+                PARA_UNROLL_SOME
+                for (int64_t i = 0; i < rows; ++i) {
+                    store_part(place(q) + i * step, T::load(from + i * x.row_stride + q * PART));
+                }
+            }
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            if (rest > 0) store_part(place(whole) + i * step, load_some<T>(from + i * x.row_stride + whole * PART, rest));
+            for (int64_t q = whole + (rest > 0); q < all; ++q) store_part(place(q) + i * step, part(0));
+        }
+    }
+}
+
+// Columns whose elements lie side by side: blocks of a register's size are transposed in registers.
+template <class T>
+void pack_down(const View<T>& x, int64_t first, int64_t count, int64_t left, int64_t strips, double* out, int64_t apart,
+               int64_t step) {
+    for (int64_t q = 0; q < strips * PARTS; ++q) {
+        double* to = out + q / PARTS * apart + q % PARTS * PART;
+        const int64_t column = left + q * PART, given = x.cols - column;
         int64_t i = 0;
-        if (row_stride == 1 && given == LANES) {
-            for (; i + LANES <= count; i += LANES) {
-                double block[LANES * LANES];
-                for (int64_t c = 0; c < LANES; ++c) read_eight<T>(x + i + (j + c) * col_stride, block + c * LANES);
-                transpose_eight(block, LANES, out + i * width + j, width);
+        if (given >= PART) {
+            const typename T::Storage* from = x.at(first, column);
+            for (; i + PART <= count; i += PART) {
+                Part block[PART];
+                PARA_UNROLL
+                for (int c = 0; c < PART; ++c) block[c] = T::load(from + i + c * x.col_stride);
+                transpose(block);
+                PARA_UNROLL
+                for (int t = 0; t < PART; ++t) store_part(to + (i + t) * step, block[t]);
             }
         }
         for (; i < count; ++i) {
-            double* to = out + i * width + j;
-            for (int64_t c = 0; c < LANES; ++c) {
-                to[c] = c < given ? T::read(x[i * row_stride + (j + c) * col_stride]) : 0;
+            typename T::Storage line[PART] = {};
+            for (int64_t c = 0; c < PART && c < given; ++c) line[c] = *x.at(first + i, column + c);
+            store_part(to + i * step, T::load(line));
+        }
+    }
+}
+
+// out ← rows first … first+count, columns of x from `left` on, `strips` strips of them.
+template <class T>
+void pack_strips(const View<T>& x, int64_t first, int64_t count, int64_t left, int64_t strips, double* out,
+                 int64_t apart, int64_t step) {
+    if (x.row_stride == 1) {
+        pack_down(x, first, count, left, strips, out, apart, step);
+    } else if (x.col_stride == 1) {
+        pack_across(x, first, count, left, strips, out, apart, step);
+    } else {
+        // Neither: the rare view is first copied to where its elements do lie side by side.
+        constexpr int64_t ROWS = 32;
+        typename T::Storage line[ROWS * STRIP];
+        for (int64_t s = 0; s < strips; ++s) {
+            const int64_t column = left + s * STRIP, given = x.cols - column < STRIP ? x.cols - column : STRIP;
+            for (int64_t i = 0; i < count; i += ROWS) {
+                const int64_t rows = count - i < ROWS ? count - i : ROWS;
+                for (int64_t t = 0; t < rows; ++t) {
+                    for (int64_t c = 0; c < STRIP; ++c) {
+                        line[t * STRIP + c] = c < given ? *x.at(first + i + t, column + c) : typename T::Storage{};
+                    }
+                }
+                pack_across(View<T>{line, rows, STRIP, STRIP, 1}, 0, rows, 0, 1, out + s * apart + i * step, apart, step);
             }
         }
     }
 }
 
-// The same of a factor, or of its transpose.
-inline void pack(const Matrix& x, bool transposed, int64_t first, int64_t count, int64_t width, double* out) {
-    const int64_t row_stride = transposed ? x.col_stride : x.row_stride;
-    const int64_t col_stride = transposed ? x.row_stride : x.col_stride;
-    const int64_t columns = transposed ? x.rows : x.cols;
-    switch (x.dtype) {
-        case DType::f32:
-            return pack<F32>(static_cast<const float*>(x.data), row_stride, col_stride, first, count, columns, width,
-                             out);
-        case DType::f16:
-            return pack<F16>(static_cast<const uint16_t*>(x.data), row_stride, col_stride, first, count, columns, width,
-                             out);
-        case DType::bf16:
-            return pack<BF16>(static_cast<const uint16_t*>(x.data), row_stride, col_stride, first, count, columns,
-                              width, out);
+// Where the next panel lies, to be fetched while this one is worked on.
+class Ahead {
+  public:
+    template <class T>
+    Ahead(const View<T>& x, int64_t first, int64_t count, int64_t left, int64_t columns) {
+        if (count <= 0 || columns <= 0) return;
+        constexpr int64_t SIZE = sizeof(typename T::Storage);
+        const bool down = x.row_stride == 1;
+        data_ = reinterpret_cast<const char*>(x.at(first, left));
+        runs_ = down ? columns : count;
+        apart_ = (down ? x.col_stride : x.row_stride) * SIZE;
+        length_ = (down ? count : columns) * SIZE;
+        if (apart_ == length_) {
+            length_ *= runs_;
+            runs_ = 1;
+        }
     }
-}
-
-// Columns first … first+count of x, all of its rows: out [rows, width] with width ≥ count.
-inline void pack_columns(const Matrix& x, int64_t first, int64_t count, int64_t width, double* out) {
-    const Matrix part = {static_cast<const char*>(x.data) + first * x.col_stride * (x.dtype == DType::f32 ? 4 : 2),
-                         x.rows,
-                         count,
-                         x.row_stride,
-                         x.col_stride,
-                         x.dtype};
-    pack(part, false, 0, x.rows, width, out);
-}
-
-// to[i] ← from[i] rounded to storage; squared[i] receives the squared rounding error.
-template <class T>
-void write_row(const double* from, int64_t count, typename T::Storage* to, double* squared) {
-    for (int64_t i = 0; i < count; ++i) {
-        to[i] = T::write(from[i]);
-        const double error = T::read(to[i]) - from[i];
-        squared[i] = error * error;
+    int64_t lines() const { return runs_ * ((length_ + LINE - 1) / LINE); }
+    void fetch(int64_t lines) {
+        for (; lines > 0 && run_ < runs_; --lines) {
+#if defined(__GNUC__)
+            __builtin_prefetch(data_ + run_ * apart_ + at_, 0, 2);
+#endif
+            at_ += LINE;
+            if (at_ >= length_) {
+                at_ = 0;
+                ++run_;
+            }
+        }
     }
-}
 
-inline void write_row(const double* from, int64_t count, DType dtype, void* out, int64_t offset, double* squared) {
-    switch (dtype) {
-        case DType::f32:
-            return write_row<F32>(from, count, static_cast<float*>(out) + offset, squared);
-        case DType::f16:
-            return write_row<F16>(from, count, static_cast<uint16_t*>(out) + offset, squared);
-        case DType::bf16:
-            return write_row<BF16>(from, count, static_cast<uint16_t*>(out) + offset, squared);
-    }
-}
+  private:
+    static constexpr int64_t LINE = 64;
+    const char* data_ = nullptr;
+    int64_t runs_ = 0, apart_ = 0, length_ = 0, run_ = 0, at_ = 0;
+};
 
 }  // namespace
 }  // namespace PARA_ISA

@@ -29,24 +29,14 @@ inline double round_to_bits(double x, int bits) {
     return x;
 }
 
-// out [count, width] ← X · Y, all packed; products exact in fp64. X's element (i, j) lies at x[i·x_row + j·x_col],
-// Y [inner, width].
-inline void thin_product(const double* x, int64_t x_row, int64_t x_col, int64_t count, const double* y, int64_t inner,
-                         int64_t width, double* out) {
-    for (int64_t i = 0; i < count; i += TILE) {
-        const int64_t rows = count - i < TILE ? count - i : TILE;
-        const double* line[TILE];
-        for (int64_t s = 0; s < TILE; ++s) line[s] = x + (i + (s < rows ? s : 0)) * x_row;
-        for (int64_t c = 0; c < width; c += LANES) {
-            Vec acc[TILE];
-            for (Vec& a : acc) a = splat(0);
-            for (int64_t j = 0; j < inner; ++j) {
-                const Vec right = load(y + j * width + c);
-                for (int64_t s = 0; s < TILE; ++s) acc[s] = fma_exact(splat(line[s][j * x_col]), right, acc[s]);
-            }
-            for (int64_t s = 0; s < rows; ++s) store(out + (i + s) * width + c, acc[s]);
+// y [rows, width] ← X [rows, inner] · T [inner, width].
+inline void small_product(Left x, int64_t rows, const double* t, int64_t inner, int64_t width, double* y) {
+    const Right right = {t, STRIP, width};
+    product<Terms::rounded>(x, rows, right, width / STRIP, inner, [&](int64_t i, int64_t j, const auto& tile) {
+        for (int row = 0; row < tile.HIGH; ++row) {
+            for (int q = 0; q < tile.WIDE; ++q) store_part(y + (i + row) * width + j + q * PART, tile.sum[row][q]);
         }
-    }
+    });
 }
 
 // How many components are worth solving for: below rounding noise, U is noise, and S^-½ would blow it up.
@@ -60,11 +50,11 @@ inline int64_t components(const Problem& p) {
     return count;
 }
 
-// T_B [r, width] and T_Aᵀ [r, width] in fp64, not yet rounded; columns from `kept` on are zero.
-inline void transforms(const Problem& p, int64_t kept, int64_t width, double* t_b, double* t_a) {
+// T_B [r, width] and T_Aᵀ [r, width] in fp64, not yet rounded; columns from `kept` on are zero. Scratch: u [r, width].
+inline void transforms(const Problem& p, int64_t kept, int64_t width, double* u, double* t_b, double* t_a) {
     const Core& core = p.core;
     const int64_t r = p.rank(), rank_b = core.ranks[0];
-    for (int64_t i = 0; i < r * width; ++i) t_b[i] = t_a[i] = 0;
+    for (int64_t i = 0; i < r * width; ++i) t_b[i] = 0;
 
     for (int64_t i = rank_b - 1; i >= 0; --i) {
         const double* row = core.r_b + i * r;
@@ -79,11 +69,9 @@ inline void transforms(const Problem& p, int64_t kept, int64_t width, double* t_
         for (int64_t c = 0; c < width; c += LANES) store(x + c, load(x + c) / diagonal);
     }
     for (int64_t i = 0; i < rank_b; ++i) {
-        for (int64_t j = 0; j < r; ++j) {
-            const double factor = core.r_b[i * r + j];
-            for (int64_t c = 0; c < kept; ++c) t_a[j * width + c] += factor * core.u[i * r + c];
-        }
+        for (int64_t c = 0; c < width; ++c) u[i * width + c] = c < kept ? core.u[i * r + c] : 0;
     }
+    small_product({core.r_b, 1, r}, r, u, rank_b, width, t_a);
     for (int64_t c = 0; c < kept; ++c) {
         const double weight = p.scale / std::sqrt(core.sigma[c]);
         for (int64_t j = 0; j < r; ++j) t_a[j * width + c] *= weight;
@@ -107,17 +95,6 @@ inline double stretch(const double* y, int64_t rows, const double* sigma, int64_
     return std::sqrt(largest);
 }
 
-// y [rows, width] ← x [rows, r] · t [r, width].
-inline void small_product(const double* x, int64_t rows, const double* t, int64_t r, int64_t width, double* y) {
-    for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t c = 0; c < width; c += LANES) {
-            Vec acc = splat(0);
-            for (int64_t j = 0; j < r; ++j) acc += splat(x[i * r + j]) * load(t + j * width + c);
-            store(y + i * width + c, acc);
-        }
-    }
-}
-
 // ‖M − (R_B T_B)(T_A R_Aᵀ)‖_F = ‖R_B (scale·I − T_B T_A) R_Aᵀ‖_F, for T as rounded.
 inline double lost_norm(const Core& core, const double* y, const double* z, int64_t r, int64_t width) {
     double squared = 0;
@@ -132,50 +109,111 @@ inline double lost_norm(const Core& core, const double* y, const double* z, int6
     return std::sqrt(squared);
 }
 
-constexpr int64_t BLOCK = 64;  // rows of B, columns of A at a time: with r = 64 their panel fills the L1 cache
+constexpr int64_t SLAB = 96;  // rows of B, columns of A at a time: a multiple of every tile, and the panel fits the cache
 
-inline int64_t truncate_scratch(const Problem& p) {
-    const int64_t r = p.rank(), width = round_up(p.k, LANES);
-    return BLOCK * round_up(r, LANES) + 2 * BLOCK * width + 4 * r * width + 2 * width;
-}
-
-// B' ← B · T_B, T_B [r, width]. squared [width] receives, per component, the squared norm of what rounding to storage
-// changed. Scratch: panel [BLOCK, r], block and errors [BLOCK, width] each.
-inline void write_b(const Problem& p, const double* t_b, int64_t width, double* scratch, double* squared) {
-    const int64_t r = p.rank(), k = p.k, panel_width = round_up(r, LANES);
-    double* panel = scratch;
-    double* block = panel + BLOCK * panel_width;
-    double* errors = block + BLOCK * width;
-    for (int64_t first = 0; first < p.b.rows; first += BLOCK) {
-        const int64_t count = p.b.rows - first < BLOCK ? p.b.rows - first : BLOCK;
-        pack(p.b, false, first, count, panel_width, panel);
-        thin_product(panel, panel_width, 1, count, t_b, r, width, block);
-        for (int64_t i = 1; k < width && i < count; ++i)
-            std::memmove(block + i * k, block + i * width, sizeof(double) * k);
-        write_row(block, count * k, p.new_dtype, p.new_b, first * k, errors);
-        for (int64_t i = 0; i < count; ++i) {
-            for (int64_t c = 0; c < k; ++c) squared[c] += errors[i * k + c];
+// A tile's sums → out, the first `given` columns of each row, rows `apart` elements from one to the next, and
+// add(row, q, error²) for every register q of them. `room` elements from the first on may be overwritten.
+template <class T, class Tile, class Add>
+PARA_INLINE void write_tile(const Tile& tile, int64_t given, int64_t room, typename T::Storage* out, int64_t apart,
+                            Add add) {
+    constexpr int HIGH = Tile::HIGH, WIDE = Tile::WIDE;
+    if ((HIGH - 1) * apart + WIDE * PART <= room) {
+        PARA_UNROLL
+        for (int row = 0; row < HIGH; ++row) {
+            PARA_UNROLL
+            for (int q = 0; q < WIDE; ++q) {
+                const Part error = T::store(out + row * apart + q * PART, tile.sum[row][q]) - tile.sum[row][q];
+                add(row, q, error * error);
+            }
+        }
+        return;
+    }
+    double sums[HIGH * WIDE * PART];  // the rare edge must not cost the others their registers
+    PARA_UNROLL
+    for (int i = 0; i < HIGH * WIDE; ++i) store_part(sums + i * PART, tile.sum[i / WIDE][i % WIDE]);
+    for (int row = 0; row < HIGH; ++row) {
+        for (int q = 0; q < WIDE && q * PART < given; ++q) {
+            const Part sum = load_part(sums + (row * WIDE + q) * PART);
+            const int64_t count = given - q * PART < PART ? given - q * PART : PART;
+            const Part error = store_some<T>(out + row * apart + q * PART, sum, count) - sum;
+            add(row, q, error * error);
         }
     }
 }
 
-// A' ← T_A · A, T_Aᵀ [r, width]; the rest as for write_b.
-inline void write_a(const Problem& p, const double* t_a, int64_t width, double* scratch, double* squared) {
-    const int64_t r = p.rank(), k = p.k, n = p.a.cols;
-    double* panel = scratch;  // [r, BLOCK]
-    double* block = panel + BLOCK * round_up(r, LANES);
-    double* errors = block + BLOCK * width;
-    for (int64_t first = 0; first < n; first += BLOCK) {
-        const int64_t count = n - first < BLOCK ? n - first : BLOCK;
-        pack_columns(p.a, first, count, BLOCK, panel);
-        thin_product(t_a, 1, width, k, panel, r, BLOCK, block);
-        for (int64_t c = 0; c < k; ++c) {
-            write_row(block + c * BLOCK, count, p.new_dtype, p.new_a, c * n + first, errors);
-            Vec acc = splat(0);
-            for (int64_t i = count; i < round_up(count, LANES); ++i) errors[i] = 0;
-            for (int64_t i = 0; i < count; i += LANES) acc += load(errors + i);
-            squared[c] += sum(acc);
-        }
+// B' [m, k] ← B · T_B, T_B [r, width]. squared [width] receives, per component, the squared norm of what rounding to
+// storage changed. Scratch: panel [SLAB, r].
+template <class To, class From>
+inline void write_b(const View<From>& b, const double* t_b, int64_t width, int64_t k, typename To::Storage* out,
+                    double* panel, double* squared) {
+    const int64_t m = b.rows, r = b.cols, strips = (r + STRIP - 1) / STRIP, new_strips = (k + STRIP - 1) / STRIP;
+    const Left left = {panel, strips * STRIP, 1};
+    const Right right = {t_b, STRIP, width};
+    for (int64_t c = 0; c < width; ++c) squared[c] = 0;
+    for (int64_t first = 0; first < m; first += SLAB) {
+        const int64_t count = m - first < SLAB ? m - first : SLAB;
+        pack_strips(b, first, count, 0, strips, panel, STRIP, strips * STRIP);
+        const int64_t next = first + SLAB;
+        Ahead ahead(b, next, m - next < SLAB ? m - next : SLAB, 0, r);
+        const int64_t lines = ahead.lines() / (count * new_strips) + 1;  // for every row
+        product<Terms::exact>(left, count, right, new_strips, r, [&](int64_t i, int64_t j, const auto& tile) {
+            constexpr int WIDE = std::decay_t<decltype(tile)>::WIDE;
+            ahead.fetch(lines * tile.HIGH);
+            Part errors[WIDE];
+            PARA_UNROLL
+            for (int q = 0; q < WIDE; ++q) errors[q] = load_part(squared + j + q * PART);
+            // Where a row is one tile, what is written beyond it is overwritten by the next.
+            const int64_t at = (first + i) * k + j;
+            const int64_t room = new_strips <= MOST_STRIPS ? m * k - at : (tile.HIGH - 1) * k + k - j;
+            write_tile<To>(tile, k - j, room, out + at, k, [&](int, int q, Part error) { errors[q] += error; });
+            PARA_UNROLL
+            for (int q = 0; q < WIDE; ++q) store_part(squared + j + q * PART, errors[q]);
+        });
+    }
+}
+
+// A' [k, n] ← T_A · A, T_Aᵀ [r, width]; squared as for write_b. Scratch: panel [SLAB / STRIP, r · STRIP + 8],
+// lanes [k, LANES].
+template <class To, class From>
+inline void write_a(const View<From>& a, const double* t_a, int64_t width, int64_t k, typename To::Storage* out,
+                    double* panel, double* lanes, double* squared) {
+    const int64_t r = a.rows, n = a.cols, apart = r * STRIP + 8;
+    const Left left = {t_a, 1, width};
+    const Right right = {panel, apart, STRIP};
+    for (int64_t i = 0; i < k * LANES; ++i) lanes[i] = 0;
+    for (int64_t first = 0; first < n; first += SLAB) {
+        const int64_t count = n - first < SLAB ? n - first : SLAB, strips = (count + STRIP - 1) / STRIP;
+        pack_strips(a, 0, r, first, strips, panel, apart, STRIP);
+        const int64_t next = first + SLAB;
+        Ahead ahead(a, 0, r, next, n - next < SLAB ? n - next : SLAB);
+        const int64_t lines = ahead.lines() / (k * strips) + 1;  // for every strip
+        product<Terms::exact>(left, k, right, strips, r, [&](int64_t i, int64_t j, const auto& tile) {
+            ahead.fetch(lines * tile.HIGH * tile.WIDE / PARTS);
+            const int64_t given = count - j, room = (tile.HIGH - 1) * n + given;
+            write_tile<To>(tile, given, room, out + i * n + first + j, n, [&](int row, int q, Part error) {
+                double* into = lanes + (i + row) * LANES + (j + q * PART) % LANES;
+                store_part(into, load_part(into) + error);
+            });
+        });
+    }
+    for (int64_t c = 0; c < width; ++c) squared[c] = c < k ? sum(load(lanes + c * LANES)) : 0;
+}
+
+inline int64_t truncate_scratch(const Problem& p) {
+    const int64_t r = p.rank(), width = round_up(p.k, LANES);
+    return SLAB * round_up(r, LANES) + 8 * SLAB + width * LANES + 5 * r * width + 2 * width;
+}
+
+// Calls work(To) with the format of the new factors.
+template <class Work>
+inline void with_format(DType dtype, Work work) {
+    switch (dtype) {
+        case DType::f32:
+            return work(F32());
+        case DType::f16:
+            return work(F16());
+        case DType::bf16:
+            return work(BF16());
     }
 }
 
@@ -199,24 +237,32 @@ inline Certificate truncate(const Problem& p, double* scratch) {
     double* t_a = t_b + r * width;
     double* y = t_a + r * width;
     double* z = y + r * width;
-    double* line = z + r * width;
+    double* u = z + r * width;
+    double* line = u + r * width;
     double* squared = line + width;
-    double* blocks = squared + width;
+    double* lanes = squared + width;
+    double* panel = lanes + width * LANES;
 
-    transforms(p, kept, width, t_b, t_a);
+    transforms(p, kept, width, u, t_b, t_a);
     const int bits_b = 53 - significand_bits(p.b.dtype), bits_a = 53 - significand_bits(p.a.dtype);
     for (int64_t i = 0; i < r * width; ++i) {
         t_b[i] = round_to_bits(t_b[i], bits_b);
         t_a[i] = round_to_bits(t_a[i], bits_a);
     }
-    small_product(core.r_b, core.ranks[0], t_b, r, width, y);
-    small_product(core.r_a, core.ranks[1], t_a, r, width, z);
-    for (int64_t c = 0; c < width; ++c) squared[c] = 0;
-    write_b(p, t_b, width, blocks, squared);
-    const Rounding in_b = rounding(squared, core.sigma, kept);
-    for (int64_t c = 0; c < width; ++c) squared[c] = 0;
-    write_a(p, t_a, width, blocks, squared);
-    const Rounding in_a = rounding(squared, core.sigma, kept);
+    small_product({core.r_b, r, 1}, core.ranks[0], t_b, r, width, y);
+    small_product({core.r_a, r, 1}, core.ranks[1], t_a, r, width, z);
+    Rounding in_b{}, in_a{};
+    with_format(p.new_dtype, [&](auto to) {
+        using To = decltype(to);
+        with_view(p.b, false, [&](const auto& b) {
+            write_b<To>(b, t_b, width, p.k, static_cast<typename To::Storage*>(p.new_b), panel, squared);
+        });
+        in_b = rounding(squared, core.sigma, kept);
+        with_view(p.a, false, [&](const auto& a) {
+            write_a<To>(a, t_a, width, p.k, static_cast<typename To::Storage*>(p.new_a), panel, lanes, squared);
+        });
+        in_a = rounding(squared, core.sigma, kept);
+    });
     return {lost_norm(core, y, z, r, width),
             stretch(y, core.ranks[0], core.sigma, kept, width, line),
             stretch(z, core.ranks[1], core.sigma, kept, width, line),

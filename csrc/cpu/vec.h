@@ -12,6 +12,23 @@
 #include <immintrin.h>
 #endif
 
+// Arrays of registers stay registers only where the loops over them disappear.
+#if defined(__clang__)
+#define PARA_UNROLL _Pragma("clang loop unroll(full)")
+#define PARA_UNROLL_SOME _Pragma("clang loop unroll_count(4)")
+#elif defined(__GNUC__)
+#define PARA_UNROLL _Pragma("GCC unroll 32")
+#define PARA_UNROLL_SOME _Pragma("GCC unroll 4")
+#else
+#define PARA_UNROLL
+#define PARA_UNROLL_SOME
+#endif
+#if defined(__GNUC__)
+#define PARA_INLINE __attribute__((always_inline)) inline
+#else
+#define PARA_INLINE inline
+#endif
+
 namespace para {
 namespace PARA_ISA {
 namespace {
@@ -202,29 +219,63 @@ inline double sum(Vec v) {
     return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
-// out [8, 8] ← the transpose of x [8, 8], rows x_stride and out_stride apart.
-inline void transpose_eight(const double* x, int64_t x_stride, double* out, int64_t out_stride) {
-#if defined(__AVX2__)
-    for (int64_t i = 0; i < LANES; i += 4) {
-        for (int64_t j = 0; j < LANES; j += 4) {
-            const double* from = x + i * x_stride + j;
-            const __m256d a = _mm256_loadu_pd(from), b = _mm256_loadu_pd(from + x_stride);
-            const __m256d c = _mm256_loadu_pd(from + 2 * x_stride), d = _mm256_loadu_pd(from + 3 * x_stride);
-            const __m256d ab_even = _mm256_unpacklo_pd(a, b), ab_odd = _mm256_unpackhi_pd(a, b);
-            const __m256d cd_even = _mm256_unpacklo_pd(c, d), cd_odd = _mm256_unpackhi_pd(c, d);
-            double* to = out + j * out_stride + i;
-            _mm256_storeu_pd(to, _mm256_permute2f128_pd(ab_even, cd_even, 0x20));
-            _mm256_storeu_pd(to + out_stride, _mm256_permute2f128_pd(ab_odd, cd_odd, 0x20));
-            _mm256_storeu_pd(to + 2 * out_stride, _mm256_permute2f128_pd(ab_even, cd_even, 0x31));
-            _mm256_storeu_pd(to + 3 * out_stride, _mm256_permute2f128_pd(ab_odd, cd_odd, 0x31));
-        }
-    }
+// Registers by themselves, where a loop runs over more of them than eight doubles fill.
+constexpr int64_t PART = PART_BYTES / 8;  // doubles of a register
+
+inline Part part(double x) {
+    Part out;
+    fill(out, x);
+    return out;
+}
+inline Part load_part(const double* p) {
+    Part out;
+    read(out, p);
+    return out;
+}
+inline void store_part(double* p, Part x) {
+    write(x, p);
+}
+
+// rows [PART, PART] ← its transpose, by exchanging blocks of 1, 2, 4 off the diagonal.
+#if defined(__GNUC__)
+#if defined(__clang__)
+#define PARA_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
-    for (int64_t i = 0; i < LANES; ++i) {
-        for (int64_t j = 0; j < LANES; ++j) out[j * out_stride + i] = x[i * x_stride + j];
+#define PARA_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (Truth){__VA_ARGS__})
+#endif
+#define PARA_EXCHANGE(i, j, low, high)                     \
+    {                                                      \
+        const Part x = rows[i], y = rows[j];               \
+        rows[i] = PARA_SHUFFLE(x, y, PARA_UNPACKED low);   \
+        rows[j] = PARA_SHUFFLE(x, y, PARA_UNPACKED high);  \
     }
+#define PARA_UNPACKED(...) __VA_ARGS__
+inline void transpose(Part (&rows)[PART]) {
+#if defined(__AVX512F__)
+    PARA_EXCHANGE(0, 1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
+    PARA_EXCHANGE(2, 3, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
+    PARA_EXCHANGE(4, 5, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
+    PARA_EXCHANGE(6, 7, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
+    PARA_EXCHANGE(0, 2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
+    PARA_EXCHANGE(1, 3, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
+    PARA_EXCHANGE(4, 6, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
+    PARA_EXCHANGE(5, 7, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))
+    PARA_EXCHANGE(0, 4, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+    PARA_EXCHANGE(1, 5, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+    PARA_EXCHANGE(2, 6, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+    PARA_EXCHANGE(3, 7, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+#elif defined(__AVX2__)
+    PARA_EXCHANGE(0, 1, (0, 4, 2, 6), (1, 5, 3, 7))
+    PARA_EXCHANGE(2, 3, (0, 4, 2, 6), (1, 5, 3, 7))
+    PARA_EXCHANGE(0, 2, (0, 1, 4, 5), (2, 3, 6, 7))
+    PARA_EXCHANGE(1, 3, (0, 1, 4, 5), (2, 3, 6, 7))
+#else
+    PARA_EXCHANGE(0, 1, (0, 2), (1, 3))
 #endif
 }
+#else
+inline void transpose(Part (&)[PART]) {}
+#endif
 
 inline int64_t round_up(int64_t x, int64_t multiple) {
     return (x + multiple - 1) / multiple * multiple;
