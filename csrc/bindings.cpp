@@ -115,7 +115,7 @@ py::list isa_levels() {
 
 PYBIND11_MODULE(_cpu, module) {
     py::class_<para::Arena>(module, "Arena", py::buffer_protocol())
-        .def(py::init<size_t>(), py::arg("bytes"))
+        .def(py::init<size_t, int>(), py::arg("bytes"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
         .def_buffer([](para::Arena& arena) {
             return py::buffer_info(static_cast<uint8_t*>(arena.data()), static_cast<py::ssize_t>(arena.bytes()));
         });

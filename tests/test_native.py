@@ -84,12 +84,12 @@ def test_malformed_tables_are_refused(table: np.ndarray, scales: np.ndarray, mes
 
 
 def test_arena_is_zero_writable_and_keeps_itself_alive() -> None:
-    tensor = torch.frombuffer(_cpu.Arena(4096), dtype=torch.float32, count=8, offset=64)
+    tensor = torch.frombuffer(_cpu.Arena(4096, 2), dtype=torch.float32, count=8, offset=64)
     assert not tensor.any()
     tensor += 1
     assert tensor.sum() == 8
     with pytest.raises(MemoryError):
-        _cpu.Arena(1 << 62)
+        _cpu.Arena(1 << 62, 1)
 
 
 def test_stub_names_the_whole_module() -> None:

@@ -133,13 +133,6 @@ inline double diagonal_scale(double g) {
     return std::ldexp(1.0, exponent % 2 == 0 ? exponent / 2 - 1 : (exponent - 1) / 2);
 }
 
-template <class T>
-inline void exchange(T& x, T& y) {
-    const T held = x;
-    x = y;
-    y = held;
-}
-
 // R [rank, r] (row-major, columns in their own order) with RᵀR = G, pivot[j] the column eliminated at step j.
 // G [width, width], upper part given, is destroyed: rows and columns are exchanged as they are eliminated, so that what
 // is left shrinks. Stops where a pivot is rounding noise. Scratch: scale [width].

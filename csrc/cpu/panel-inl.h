@@ -20,7 +20,7 @@ using Floats = float;
 using Words = uint32_t;
 using Halves = uint16_t;
 #endif
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && PARA_PART_BYTES == 64
 inline Part widened(Floats x) {
     return (Part)_mm512_maskz_cvtps_pd(0xff, (__m256)x);
 }
@@ -33,7 +33,7 @@ inline Words widened(Halves x) {
 inline Halves narrowed(Words x) {
     return (Halves)_mm256_cvtepi32_epi16((__m256i)x);
 }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && PARA_PART_BYTES == 32
 inline Part widened(Floats x) {
     return (Part)_mm256_cvtps_pd((__m128)x);
 }

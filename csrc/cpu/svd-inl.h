@@ -1,7 +1,9 @@
 // Stage 2: M = U S Vᵀ by one-sided Jacobi (Hestenes 1958; de Rijk 1989), eight matrices at a time, one in each lane.
 //
-// Columns of M are rotated until every pair is orthogonal; their norms are S, the normalised columns U. V is never
-// needed. A lane in which a pair is already orthogonal is masked, so a matrix's bits don't depend on its neighbours.
+// First M = Π·L·Qᵀ by Householder reflections of its rows, the largest that is left first: on the columns of L, graded and
+// half empty, Jacobi needs two thirds of the rotations (Drmač & Veselić 2008). Then columns are rotated until every pair
+// is orthogonal; their norms are S, the normalised columns Πᵀ·U, and neither Q nor V is needed. A lane in which a pair is
+// already orthogonal is masked, so a matrix's bits don't depend on its neighbours.
 #pragma once
 
 #include <cmath>
@@ -20,7 +22,12 @@ inline int64_t svd_width(int64_t r) {
 }
 
 inline int64_t svd_scratch(int64_t width) {
-    return (width * width + width) * LANES;
+    return (width * (width + 1) + 4 * width) * LANES;
+}
+
+// Doubles from a column [width][LANES] to the next: never a power of two, at which loads wait for unrelated stores.
+inline int64_t svd_apart(int64_t width) {
+    return (width + 1) * LANES;
 }
 
 inline Vec dot(const double* x, const double* y, int64_t width) {
@@ -31,38 +38,146 @@ inline Vec dot(const double* x, const double* y, int64_t width) {
     return (acc[0] + acc[1]) + (acc[2] + acc[3]);
 }
 
+// Brings row `from` of one lane to `to`, and what is known of it.
+inline void exchange_rows(double* columns, double* norms, double* order, int64_t width, int64_t lane, int64_t from,
+                          int64_t to) {
+    for (int64_t q = 0; q < width; ++q) {
+        double* column = columns + q * svd_apart(width) + lane;
+        exchange(column[from * LANES], column[to * LANES]);
+    }
+    exchange(norms[from * LANES + lane], norms[to * LANES + lane]);
+    exchange(order[from * LANES + lane], order[to * LANES + lane]);
+}
+
+// columns [width][width][LANES], those of M, become those of L; row i of L was row order[i] of M. Scratch: norms,
+// reflector, sums [width][LANES] each.
+inline void reduce_to_lower(double* columns, int64_t width, double* order, double* norms, double* reflector,
+                            double* sums) {
+    const Vec zero = splat(0), one = splat(1);
+    const int64_t apart = svd_apart(width);
+    const auto at = [&](int64_t q, int64_t i) { return columns + q * apart + i * LANES; };
+    for (int64_t i = 0; i < width; ++i) {
+        store(order + i * LANES, splat(static_cast<double>(i)));
+        Vec squared = zero;
+        for (int64_t q = 0; q < width; ++q) squared += load(at(q, i)) * load(at(q, i));
+        store(norms + i * LANES, squared);
+    }
+    for (int64_t k = 0; k + 1 < width; ++k) {
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            int64_t largest = k;
+            for (int64_t i = k + 1; i < width; ++i) {
+                if (norms[i * LANES + lane] > norms[largest * LANES + lane]) largest = i;
+            }
+            if (largest != k) exchange_rows(columns, norms, order, width, lane, largest, k);
+        }
+        Vec squared = zero;
+        for (int64_t q = k; q < width; ++q) {
+            const Vec x = load(at(q, k));
+            store(reflector + q * LANES, x);
+            squared += x * x;
+        }
+        const Vec first = load(reflector + k * LANES), norm = square_root(squared);
+        const Vec last = select(first > zero, -norm, norm);  // what remains of the row
+        store(reflector + k * LANES, first - last);
+        const Mask there = squared > zero;
+        const Vec weight = select(there, one / select(there, squared + absolute(first) * norm, one), zero);
+
+        for (int64_t i = k + 1; i < width; i += 2) {
+            const int64_t j = i + 1 < width ? i + 1 : i;
+            Vec total[2] = {zero, zero};
+            for (int64_t q = k; q < width; ++q) {
+                const Vec a = load(reflector + q * LANES);
+                total[0] += a * load(at(q, i));
+                total[1] += a * load(at(q, j));
+            }
+            store(sums + i * LANES, total[0]);
+            store(sums + j * LANES, total[1]);
+        }
+        for (int64_t q = k; q < width; ++q) {
+            const Vec a = load(reflector + q * LANES) * weight;
+            for (int64_t i = k + 1; i < width; ++i) store(at(q, i), load(at(q, i)) - a * load(sums + i * LANES));
+            store(at(q, k), q == k ? last : zero);
+        }
+        for (int64_t i = k + 1; i < width; ++i) {
+            const Vec done = load(at(k, i));
+            store(norms + i * LANES, load(norms + i * LANES) - done * done);
+        }
+    }
+}
+
+struct Pair {
+    int64_t p, q;  // p < q
+};
+
+// Makes the columns of each pair orthogonal and keeps their squared norms up to date; the pairs share no column, so that
+// the machine works on one while it waits for another's square roots. Returns the lanes that were rotated.
+template <int COUNT>
+PARA_INLINE Mask rotate(double* columns, double* norms, int64_t width, const Pair (&pairs)[COUNT],
+                        Vec squared_tolerance) {
+    const int64_t apart = svd_apart(width);
+    const Vec one = splat(1), zero = splat(0);
+    Mask rotated = zero > zero, changed = rotated;
+    Vec gamma[COUNT], c[COUNT], s[COUNT];
+    Mask rotate[COUNT], swap[COUNT];
+    PARA_UNROLL
+    for (int k = 0; k < COUNT; ++k) {
+        const Vec alpha = load(norms + pairs[k].p * LANES), beta = load(norms + pairs[k].q * LANES);
+        gamma[k] = dot(columns + pairs[k].p * apart, columns + pairs[k].q * apart, width);
+        rotate[k] = gamma[k] * gamma[k] > squared_tolerance * alpha * beta;
+        swap[k] = beta > alpha;  // larger columns first: fewer sweeps, and S comes out sorted
+        rotated = rotated | rotate[k];
+        changed = changed | rotate[k] | swap[k];
+    }
+    if (!any(changed)) return rotated;
+    PARA_UNROLL
+    for (int k = 0; k < COUNT; ++k) {
+        double *alpha_at = norms + pairs[k].p * LANES, *beta_at = norms + pairs[k].q * LANES;
+        const Vec alpha = load(alpha_at), beta = load(beta_at);
+        const Vec difference = select(rotate[k], beta - alpha, one);
+        const Vec twice = select(rotate[k], gamma[k] + gamma[k], zero);
+        const Vec root = square_root(difference * difference + twice * twice);
+        const Vec t = twice / (difference + select(zero > difference, -root, root));
+        const Vec cosine = one / square_root(one + t * t), sine = cosine * t;
+        const Vec shift = t * gamma[k];
+        const Vec new_alpha = alpha - shift, new_beta = beta + shift;
+        store(alpha_at, select(swap[k], new_beta, new_alpha));
+        store(beta_at, select(swap[k], new_alpha, new_beta));
+        c[k] = select(swap[k], sine, cosine);
+        s[k] = select(swap[k], -cosine, sine);
+    }
+    PARA_UNROLL
+    for (int k = 0; k < COUNT; ++k) {
+        double *x = columns + pairs[k].p * apart, *y = columns + pairs[k].q * apart;
+        for (int64_t i = 0; i < width * LANES; i += LANES) {
+            const Vec left = load(x + i), right = load(y + i);
+            store(x + i, c[k] * left - s[k] * right);
+            store(y + i, s[k] * left + c[k] * right);
+        }
+    }
+    return rotated;
+}
+
 // One sweep over all pairs of columns; columns [width][width][LANES]. Returns the lanes that were rotated.
 inline Mask sweep(double* columns, double* norms, int64_t width) {
     const double tolerance = 2 * std::sqrt(static_cast<double>(width)) * 0x1p-53;
-    const Vec squared_tolerance = splat(tolerance * tolerance), one = splat(1), zero = splat(0);
-    Mask rotated = zero > zero;
+    const Vec squared_tolerance = splat(tolerance * tolerance);
+    Mask rotated = splat(0) > splat(0);
     for (int64_t p = 0; p < width; ++p) {
-        store(norms + p * LANES, dot(columns + p * width * LANES, columns + p * width * LANES, width));
+        store(norms + p * LANES, dot(columns + p * svd_apart(width), columns + p * svd_apart(width), width));
     }
-    for (int64_t p = 0; p + 1 < width; ++p) {
-        double* x = columns + p * width * LANES;
-        for (int64_t q = p + 1; q < width; ++q) {
-            double* y = columns + q * width * LANES;
-            const Vec alpha = load(norms + p * LANES), beta = load(norms + q * LANES);
-            const Vec gamma = dot(x, y, width);
-            const Mask rotate = gamma * gamma > squared_tolerance * alpha * beta;
-            const Mask exchange = beta > alpha;  // larger columns first: fewer sweeps, and S comes out sorted
-            if (!any(rotate) && !any(exchange)) continue;
-            rotated = rotated | rotate;
-
-            const Vec zeta = (beta - alpha) / (splat(2) * select(rotate, gamma, one));
-            const Vec magnitude = one / (absolute(zeta) + square_root(one + zeta * zeta));
-            const Vec t = select(rotate, select(zero > zeta, -magnitude, magnitude), zero);
-            const Vec cosine = one / square_root(one + t * t), sine = cosine * t;
-            const Vec shift = t * select(rotate, gamma, zero);
-            const Vec new_alpha = alpha - shift, new_beta = beta + shift;
-            store(norms + p * LANES, select(exchange, new_beta, new_alpha));
-            store(norms + q * LANES, select(exchange, new_alpha, new_beta));
-            const Vec c = select(exchange, sine, cosine), s = select(exchange, -cosine, sine);
-            for (int64_t i = 0; i < width * LANES; i += LANES) {
-                const Vec left = load(x + i), right = load(y + i);
-                store(x + i, c * left - s * right);
-                store(y + i, s * left + c * right);
+    const auto one = [&](Pair x) { rotated = rotated | rotate(columns, norms, width, {x}, squared_tolerance); };
+    const auto two = [&](Pair x, Pair y) { rotated = rotated | rotate(columns, norms, width, {x, y}, squared_tolerance); };
+    // Four columns of up to 64 rows stay in the first cache while all later ones pass by.
+    const int64_t together = width <= 16 || width > 64 ? 2 : 4;
+    for (int64_t first = 0; first < width; first += together) {
+        const int64_t last = first + together;
+        for (int64_t p = first; p < last; ++p) {
+            for (int64_t q = p + 1; q < last; ++q) one({p, q});
+        }
+        for (int64_t q = last; q < width; q += 2) {
+            for (int64_t p = first; p < last; p += 2) {
+                two({p, q}, {p + 1, q + 1});
+                two({p, q + 1}, {p + 1, q});
             }
         }
     }
@@ -72,9 +187,10 @@ inline Mask sweep(double* columns, double* norms, int64_t width) {
 // Fills sigma and U of up to eight cores; r[lane] ≤ width. sweeps[lane]: how many, or -1 if they did not suffice.
 inline void svd(const Core* cores, const int64_t* r, int64_t count, int64_t width, double* scratch, int32_t* sweeps) {
     double* columns = scratch;
-    double* norms = columns + width * width * LANES;
+    double* norms = columns + width * svd_apart(width);
+    double* order = norms + width * LANES;
     int exponent[LANES] = {};
-    for (int64_t i = 0; i < width * width * LANES; ++i) columns[i] = 0;
+    for (int64_t i = 0; i < width * svd_apart(width); ++i) columns[i] = 0;
     for (int64_t lane = 0; lane < count; ++lane) {
         const double* m = cores[lane].m;
         const int64_t n = r[lane];
@@ -88,11 +204,12 @@ inline void svd(const Core* cores, const int64_t* r, int64_t count, int64_t widt
             for (int64_t i = 0; i < n; ++i) peak = std::fabs(m[i * n + q]) > peak ? std::fabs(m[i * n + q]) : peak;
             if (peak <= largest * 0x1p-200) continue;
             for (int64_t i = 0; i < n; ++i) {
-                columns[(q * width + i) * LANES + lane] = std::ldexp(m[i * n + q], -exponent[lane]);
+                columns[q * svd_apart(width) + i * LANES + lane] = std::ldexp(m[i * n + q], -exponent[lane]);
             }
         }
     }
 
+    reduce_to_lower(columns, width, order, norms, order + width * LANES, order + 2 * width * LANES);
     for (int64_t lane = 0; lane < count; ++lane) sweeps[lane] = -1;
     for (int done = 1; done <= MAX_SWEEPS; ++done) {
         const Mask rotated = sweep(columns, norms, width);
@@ -109,9 +226,10 @@ inline void svd(const Core* cores, const int64_t* r, int64_t count, int64_t widt
         for (int64_t q = 0; q < n; ++q) {
             const double norm = std::sqrt(norms[q * LANES + lane]);
             cores[lane].sigma[q] = std::ldexp(norm, exponent[lane]);
-            for (int64_t i = 0; i < n; ++i) {
-                const double x = columns[(q * width + i) * LANES + lane];
-                cores[lane].u[i * n + q] = norm > 0 ? x / norm : 0;
+            for (int64_t i = 0; i < width; ++i) {
+                const auto row = static_cast<int64_t>(order[i * LANES + lane]);
+                const double x = columns[q * svd_apart(width) + i * LANES + lane];
+                if (row < n) cores[lane].u[row * n + q] = norm > 0 ? x / norm : 0;
             }
         }
     }

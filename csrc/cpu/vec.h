@@ -35,16 +35,20 @@ namespace {
 
 constexpr int64_t LANES = 8;
 
-// Part: one register. Truth: what comparing two gives, all ones or zeros in each lane.
+// Part: one register. Truth: what comparing two gives, all ones or zeros in each lane. Another size than the level's
+// own may be forced, to try the code of wide registers on a machine that has none.
 #if defined(__GNUC__)
 
+#if !defined(PARA_PART_BYTES)
 #if defined(__AVX512F__)
-constexpr int PART_BYTES = 64;
+#define PARA_PART_BYTES 64
 #elif defined(__AVX2__)
-constexpr int PART_BYTES = 32;
+#define PARA_PART_BYTES 32
 #else
-constexpr int PART_BYTES = 16;
+#define PARA_PART_BYTES 16
 #endif
+#endif
+constexpr int PART_BYTES = PARA_PART_BYTES;
 typedef double Part __attribute__((vector_size(PART_BYTES)));
 typedef int64_t Truth __attribute__((vector_size(PART_BYTES)));
 
@@ -54,26 +58,34 @@ inline void fill(Part& part, double x) {
 inline Part select(Truth truth, Part yes, Part no) {
     return truth ? yes : no;
 }
+#if defined(__AVX512F__) && PARA_PART_BYTES == 64
 inline Part square_root(Part x) {
-#if defined(__AVX512F__)
     return (Part)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
-#elif defined(__AVX2__)
+}
+inline Part fma_exact(Part a, Part b, Part c) {
+    return (Part)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__AVX2__) && defined(__FMA__) && PARA_PART_BYTES == 32
+inline Part square_root(Part x) {
     return (Part)_mm256_sqrt_pd((__m256d)x);
-#elif defined(__SSE2__)
+}
+inline Part fma_exact(Part a, Part b, Part c) {
+    return (Part)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#else
+inline Part square_root(Part x) {
+#if defined(__SSE2__) && PARA_PART_BYTES == 16
     return (Part)_mm_sqrt_pd((__m128d)x);
 #else
-    return Part{std::sqrt(x[0]), std::sqrt(x[1])};
+    Part out;
+    for (int i = 0; i < PART_BYTES / 8; ++i) out[i] = std::sqrt(x[i]);
+    return out;
 #endif
 }
 inline Part fma_exact(Part a, Part b, Part c) {
-#if defined(__AVX512F__)
-    return (Part)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__FMA__)
-    return (Part)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
     return a * b + c;
-#endif
 }
+#endif
 
 #else
 
@@ -251,7 +263,7 @@ inline void store_part(double* p, Part x) {
     }
 #define PARA_UNPACKED(...) __VA_ARGS__
 inline void transpose(Part (&rows)[PART]) {
-#if defined(__AVX512F__)
+#if PARA_PART_BYTES == 64
     PARA_EXCHANGE(0, 1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
     PARA_EXCHANGE(2, 3, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
     PARA_EXCHANGE(4, 5, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
@@ -264,7 +276,7 @@ inline void transpose(Part (&rows)[PART]) {
     PARA_EXCHANGE(1, 5, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
     PARA_EXCHANGE(2, 6, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
     PARA_EXCHANGE(3, 7, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
-#elif defined(__AVX2__)
+#elif PARA_PART_BYTES == 32
     PARA_EXCHANGE(0, 1, (0, 4, 2, 6), (1, 5, 3, 7))
     PARA_EXCHANGE(2, 3, (0, 4, 2, 6), (1, 5, 3, 7))
     PARA_EXCHANGE(0, 2, (0, 1, 4, 5), (2, 3, 6, 7))
@@ -276,6 +288,13 @@ inline void transpose(Part (&rows)[PART]) {
 #else
 inline void transpose(Part (&)[PART]) {}
 #endif
+
+template <class T>
+inline void exchange(T& x, T& y) {
+    const T held = x;
+    x = y;
+    y = held;
+}
 
 inline int64_t round_up(int64_t x, int64_t multiple) {
     return (x + multiple - 1) / multiple * multiple;

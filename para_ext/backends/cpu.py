@@ -136,7 +136,7 @@ def truncate(
     sizes = [
         (k * f.m * dtype.itemsize, k * f.n * dtype.itemsize) for f, k, dtype in zip(factors, ranks, dtypes, strict=True)
     ]
-    arena = _cpu.Arena(sum(-(-size // _SLOT) * _SLOT for pair in sizes for size in pair))
+    arena = _cpu.Arena(sum(-(-size // _SLOT) * _SLOT for pair in sizes for size in pair), threads)
     table = cores.table.copy()
     outputs: list[tuple[Tensor, Tensor]] = []
     offset = 0
