@@ -25,8 +25,8 @@ from . import Truncated
 
 NAME = "cpu"
 
-# Measured: above it torch.linalg.svd, pooled, overtakes the native Jacobi.
-LARGEST_NATIVE_RANK = 160
+# Measured: above it torch.linalg.eigh, pooled, overtakes the native Jacobi.
+LARGEST_NATIVE_RANK = 128
 
 ISA = os.environ.get("PARA_EXT_ISA", "")
 """ISA level to use, one of `_cpu.isa_levels()`; empty for the best."""
@@ -121,9 +121,14 @@ def svd(cores: Cores, threads: int) -> list[list[float]]:
     large = [i for i, done in enumerate(sweeps.tolist()) if done < 0]
 
     def decompose(i: int) -> None:
-        U, S, _ = torch.linalg.svd(torch.from_numpy(cores.block(i, 2)))
-        cores.block(i, 3)[:] = U.numpy()
-        cores.sigma(i)[:] = S.numpy()
+        # V from MᵀM, at two thirds of the cost of an SVD: its error u‖M‖²/σ is within what the Gram matrices left.
+        M = torch.from_numpy(cores.block(i, 2))
+        exponent = math.frexp(float(M.abs().max()))[1]
+        M = M * math.ldexp(1.0, -(exponent // 2)) * math.ldexp(1.0, exponent // 2 - exponent)
+        US = M @ torch.linalg.eigh(M.mT @ M).eigenvectors.flip(1)
+        S, order = torch.linalg.vector_norm(US, dim=0).sort(descending=True, stable=True)
+        cores.block(i, 3)[:] = (US[:, order] / S.where(S > 0, 1.0)).numpy()
+        cores.sigma(i)[:] = S.numpy() * math.ldexp(1.0, exponent // 2) * math.ldexp(1.0, exponent - exponent // 2)
 
     map_single_threaded(decompose, large, threads)
     return [cores.sigma(i)[: min(f.rank, f.m, f.n)].tolist() for i, f in enumerate(factors)]
