@@ -104,7 +104,7 @@ class Decomposition:
                     results[i] = new
         new_factors = [result for result in results if result is not None]
         for i, new in enumerate(new_factors):
-            self._check_rounding(i, new)
+            self._check_rounding(i, new, copied=ranks[i] == self.factors[i].rank)
         return new_factors
 
     def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
@@ -117,7 +117,9 @@ class Decomposition:
                 raise ParaError(f"module '{name}': its rank is {shown(rank)}; give a whole number of at least 0")
         return [ranks[f.name] for f in self.factors]
 
-    def _check_rounding(self, i: int, new: Truncated) -> None:
+    def _check_rounding(self, i: int, new: Truncated, copied: bool) -> None:
+        # Balanced factors have the norm √Σσ; to read them again would take as long as to truncate.
+        balanced = math.sqrt(math.fsum(self.spectra.modules[i].sigma[: new.A.shape[0]]))
         for which, rounding, tensor in (("B", new.rounding_B, new.B), ("A", new.rounding_A, new.A)):
             if rounding == 0:
                 continue
@@ -127,8 +129,8 @@ class Decomposition:
                     f"module '{self.factors[i].name}': a value of the new {which} exceeds the range of {name}; "
                     "write with a wider --dtype such as bf16 or fp32"
                 )
-            norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-            if rounding * rounding > 0.01 * (norm * norm + rounding * rounding):
+            norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item() if copied else balanced
+            if rounding * rounding > 0.01 * norm * norm:
                 raise ParaError(
                     f"module '{self.factors[i].name}': over 1 % of the new {which}'s squared norm would be lost to "
                     f"values too small for {name}; write with --dtype bf16 or fp32"

@@ -9,6 +9,7 @@ is the global rule of PARA (arXiv 2604.27796).
 from __future__ import annotations
 
 import math
+import operator
 import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -377,8 +378,9 @@ class _Order:
             forced = bisect_left(ranks, min(least, ranks[-1])) + 1 if least else 0
             first += range(len(score), len(score) + forced)
             rest += range(len(score) + forced, len(score) + len(ranks))
+            scores = _SCORES[budget.score](tied, starts, ranks, gains)
             # A block's mean can round above that of the block before it; within a cell the order is fixed.
-            score += accumulate(_SCORES[budget.score](tied, starts, ranks, gains), min)
+            score += scores if ranks[-1] == len(ranks) else accumulate(scores, min)
             cell += [number] * len(ranks)
             start += starts
             rank += ranks
@@ -392,10 +394,10 @@ class _Order:
             spectra,
             cells,
             len(first),
-            [score[i] for i in order],
-            [cell[i] for i in order],
-            [start[i] for i in order],
-            [rank[i] for i in order],
+            list(map(score.__getitem__, order)),
+            list(map(cell.__getitem__, order)),
+            list(map(start.__getitem__, order)),
+            list(map(rank.__getitem__, order)),
         )
 
     def __len__(self) -> int:
@@ -422,16 +424,18 @@ def _cells(modules: Sequence[ModuleSpectrum], uniform: str | None) -> list[_Cell
     parent: dict[object, object] = {}
 
     def root(node: object) -> object:
-        while (above := parent.setdefault(node, node)) != node:
+        while (above := parent.get(node, node)) != node:
             node = above
         return node
 
     def node_of(module: ModuleSpectrum) -> object:
         return ("module", module.name) if module.group is None else ("group", module.group)
 
-    for module in modules:
-        if uniform is not None:
-            parent[root(node_of(module))] = root(("type", module_type(module.name) if uniform == "type" else None))
+    if uniform is not None:
+        for module in modules:
+            tie = root(("type", module_type(module.name) if uniform == "type" else None))
+            if (node := root(node_of(module))) != tie:
+                parent[node] = tie
     cells: defaultdict[object, list[ModuleSpectrum]] = defaultdict(list)
     for module in sorted(modules, key=lambda m: natural_key(m.name)):
         cells[root(node_of(module))].append(module)
@@ -471,8 +475,8 @@ def _cost(order: _Order, budget: str | None) -> Callable[[int], float]:
         costs = accumulate(order.rank, max)
     else:
         price = [cell.size if budget == "total_rank" else cell.width for cell in order.cells]
-        blocks = zip(order.cell, order.start, order.rank, strict=True)
-        costs = accumulate(price[cell] * (rank - start) for cell, start, rank in blocks)
+        heights = map(operator.sub, order.rank, order.start)
+        costs = accumulate(map(operator.mul, map(price.__getitem__, order.cell), heights))
     return list(costs).__getitem__
 
 

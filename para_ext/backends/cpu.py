@@ -34,8 +34,8 @@ ISA = os.environ.get("PARA_EXT_ISA", "")
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SLOT = 64  # bytes; every output starts on a cache line
 
-# Columns of the table (csrc/problem.h).
-_CORE, _NEW_RANK, _NEW_B, _NEW_A, _NEW_DTYPE = 11, 12, 13, 14, 15
+# Columns of the table from here on are stage 3's (csrc/problem.h).
+_NEW_RANK = 12
 
 
 @dataclass(eq=False)
@@ -83,16 +83,19 @@ def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
     words = [_cpu.core_words(f.rank) for f in factors]
     workspace = np.empty(sum(words) + 8, dtype=np.float64)
     base = -workspace.ctypes.data % _SLOT // 8
+    address = workspace.ctypes.data
     offsets: list[int] = []
-    table = np.zeros((len(factors), _cpu.COLUMNS), dtype=np.int64)
-    for i, f in enumerate(factors):
+    rows: list[tuple[int, ...]] = []
+    for f, count in zip(factors, words, strict=True):
         offsets.append(base)
-        table[i, : _CORE + 1] = (
-            f.B.data_ptr(), f.m, *f.B.stride(), _DTYPE_CODES[f.B.dtype],
-            f.A.data_ptr(), f.n, *f.A.stride(), _DTYPE_CODES[f.A.dtype],
-            f.rank, workspace.ctypes.data + 8 * base,
-        )  # fmt: skip
-        base += words[i]
+        A, B = f.A, f.B
+        rows.append((
+            B.data_ptr(), B.shape[0], *B.stride(), _DTYPE_CODES[B.dtype],
+            A.data_ptr(), A.shape[1], *A.stride(), _DTYPE_CODES[A.dtype],
+            A.shape[0], address + 8 * base, 0, 0, 0, 0,
+        ))  # fmt: skip
+        base += count
+    table = np.array(rows, dtype=np.int64).reshape(len(rows), _cpu.COLUMNS)
     scales = np.array([f.scale for f in factors], dtype=np.float64)
     for f, status in zip(factors, _cpu.cores(table, scales, threads, ISA).tolist(), strict=True):
         if status == 3:
@@ -144,6 +147,7 @@ def truncate(
     arena = _cpu.Arena(sum(-(-size // _SLOT) * _SLOT for pair in sizes for size in pair), threads)
     table = cores.table.copy()
     outputs: list[tuple[Tensor, Tensor]] = []
+    columns: list[tuple[int, ...]] = []
     offset = 0
     for i, (f, k, dtype) in enumerate(zip(factors, ranks, dtypes, strict=True)):
         pair: list[Tensor] = []
@@ -153,8 +157,9 @@ def truncate(
             else:
                 pair.append(torch.empty(shape, dtype=dtype, device="cpu"))
             offset += -(-size // _SLOT) * _SLOT
-        table[i, _NEW_RANK:] = (k, pair[0].data_ptr(), pair[1].data_ptr(), _DTYPE_CODES[dtype])
+        columns.append((k, pair[0].data_ptr(), pair[1].data_ptr(), _DTYPE_CODES[dtype]))
         outputs.append((pair[0], pair[1]))
+    table[:, _NEW_RANK:] = np.array(columns, dtype=np.int64).reshape(len(columns), 4)
     certificates = _cpu.truncate(table, cores.scales, threads, ISA)
 
     errors = []
@@ -170,7 +175,7 @@ def truncate(
         floor = math.sqrt(30 * factors[i].rank * UNIT_ROUNDOFF) * cores.beta(i)
         errors.append(measured + floor)
         # The sum is loose where one of its small terms is not small: hidden cancellation, or storage that underflows.
-        if floor > measured / 2 or rounding > max(lost, 0.1 * float(np.linalg.norm(cores.sigma(i)))):
+        if floor > measured / 2 or (rounding > lost and rounding > 0.1 * float(np.linalg.norm(cores.sigma(i)))):
             remeasure.append(i)
 
     def measure(i: int) -> float:
