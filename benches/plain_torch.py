@@ -1,8 +1,10 @@
-"""The same job in plain torch: a loop of QR, QR, SVD and matmul per module, one global threshold.
+"""The same job in plain torch, one global threshold: the references that para-ext is timed against.
 
     python plain_torch.py ADAPTER OUT KEEP
 
-What a careful person writes in half an hour; the reference that para-ext is timed against.
+`compress_pairs` is what a careful person writes in half an hour: a loop of QR, QR, SVD and matmul per module.
+`compress_pairs_gram` is para-ext's own algorithm in torch operations, everything r × r in batches: what remains
+between it and para-ext is the native core's doing.
 """
 
 from __future__ import annotations
@@ -27,21 +29,46 @@ def compress_pairs(pairs: Sequence[Pair], keep: float) -> list[tuple[Tensor, Ten
         Q_A, R_A = torch.linalg.qr(A.float().mT)
         U, S, Vh = torch.linalg.svd(scale * R_B @ R_A.mT)
         decomposed.append((Q_B, U, S, Vh, Q_A))
-    spectra = [S for _, _, S, _, _ in decomposed]
-    costs = torch.cat([torch.full_like(S, len(B) + A.shape[1]) for (B, A, _), S in zip(pairs, spectra, strict=True)])
-    scores = torch.cat(spectra).square() / costs
-    order = scores.argsort(descending=True)
-    budget = keep * sum(B.numel() + A.numel() for B, A, _ in pairs)
-    taken = order[costs[order].double().cumsum(0) <= budget]
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen[taken] = True
+    ranks = _global_ranks(pairs, [S for _, _, S, _, _ in decomposed], keep)
     new = []
-    chosen_by_module = chosen.split([len(S) for S in spectra])
-    for (B, A, _), (Q_B, U, S, Vh, Q_A), mine in zip(pairs, decomposed, chosen_by_module, strict=True):
-        k = int(mine.sum())
+    for (B, A, _), (Q_B, U, S, Vh, Q_A), k in zip(pairs, decomposed, ranks, strict=True):
         root = S[:k].sqrt()
         new.append(((Q_B @ (U[:, :k] * root)).to(B.dtype), ((root[:, None] * Vh[:k]) @ Q_A.mT).to(A.dtype)))
     return new
+
+
+def compress_pairs_gram(pairs: Sequence[Pair], keep: float) -> list[tuple[Tensor, Tensor]]:
+    """The same; all pairs of one rank r. Gram matrices and all that is r × r in fp64."""
+    R_B = _cholesky(torch.stack([B.double().mT @ B.double() for B, _, _ in pairs]))
+    R_A = _cholesky(torch.stack([A.double() @ A.double().mT for _, A, _ in pairs]))
+    scales = torch.tensor([scale for _, _, scale in pairs], dtype=torch.float64)
+    M = scales[:, None, None] * (R_B @ R_A.mT)
+    squares, V = torch.linalg.eigh(M.mT @ M)
+    S, V = squares.clamp_min(0).sqrt().flip(-1), V.flip(-1)
+    new = []
+    for i, ((B, A, scale), k) in enumerate(zip(pairs, _global_ranks(pairs, list(S), keep), strict=True)):
+        root = S[i, :k].sqrt()
+        T_B = scale * R_A[i].mT @ V[i, :, :k] / root
+        T_A = (scale * R_B[i].mT @ (M[i] @ V[i, :, :k]) / (S[i, :k] * root)).mT
+        new.append(((B.float() @ T_B.float()).to(B.dtype), (T_A.float() @ A.float()).to(A.dtype)))
+    return new
+
+
+def _cholesky(G: Tensor) -> Tensor:
+    """R with RᵀR = G + a trace of the identity: without one, a factor with r > m has no Cholesky factorization."""
+    trace = G.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    return torch.linalg.cholesky(G + 1e-14 * torch.diag_embed(trace.expand(G.shape[:-1])), upper=True)
+
+
+def _global_ranks(pairs: Sequence[Pair], spectra: Sequence[Tensor], keep: float) -> list[int]:
+    """How many components of each pair are taken, by σ²/(m+n), within keep · parameters."""
+    costs = torch.cat([torch.full_like(S, len(B) + A.shape[1]) for (B, A, _), S in zip(pairs, spectra, strict=True)])
+    scores = torch.cat(list(spectra)).square() / costs
+    order = scores.argsort(descending=True)
+    budget = keep * sum(B.numel() + A.numel() for B, A, _ in pairs)
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[order[costs[order].double().cumsum(0) <= budget]] = True
+    return [int(mine.sum()) for mine in chosen.split([len(S) for S in spectra])]
 
 
 def main(adapter: Path, out: Path, keep: float) -> None:

@@ -1,10 +1,13 @@
 // Arena: one block of fresh memory for all new factors of a call.
 //
-// Touching fresh pages costs more than the arithmetic that fills them; one private anonymous mapping with huge pages
-// costs a few milliseconds where an allocation per tensor costs a hundred. It is touched here, by all threads, before
-// any work: faults amid the work were measured to cost twice as much.
+// Touching fresh pages costs more than the arithmetic that fills them. One private anonymous mapping in huge pages costs
+// a few milliseconds where an allocation per tensor costs a hundred, and it is touched here, by all threads, before any
+// work: faults amid the work were measured to cost twice as much. Where huge pages are slow to come (a virtual machine
+// whose host takes free ones back: 2 ms each), small ones serve.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <new>
 #include <vector>
@@ -26,21 +29,28 @@ class Arena {
 #if defined(__unix__) || defined(__APPLE__)
         void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
-        data_ = memory;
+        data_ = static_cast<char*>(memory);
 #ifdef MADV_HUGEPAGE
-        madvise(data_, bytes, MADV_HUGEPAGE);  // a hint: memory works without it
+        madvise(data_, bytes, MADV_HUGEPAGE);  // a hint, as all advice: memory works without it
 #endif
 #else
-        data_ = std::calloc(bytes, 1);
+        data_ = static_cast<char*>(std::calloc(bytes, 1));
         if (!data_) throw std::bad_alloc();
 #endif
-        constexpr size_t SHARE = size_t{2} << 20, PAGE = 4096;
-        const std::vector<double> shares((bytes + SHARE - 1) / SHARE, 1.0);
-        parallel_for(shares, threads, [&] {
+        std::atomic<bool> slow{false};
+        const size_t shift = (HUGE_PAGE - reinterpret_cast<uintptr_t>(data_) % HUGE_PAGE) % HUGE_PAGE;
+        const std::vector<double> pages((bytes + HUGE_PAGE - 1) / HUGE_PAGE + 1, 1.0);
+        parallel_for(pages, threads, [&] {
             return [&](size_t i) {
-                for (size_t at = i * SHARE; at < bytes_ && at < (i + 1) * SHARE; at += PAGE) {
-                    static_cast<volatile char*>(data_)[at] = 0;
-                }
+                const size_t first = i == 0 ? 0 : shift + (i - 1) * HUGE_PAGE;
+                const size_t last = std::min(shift + i * HUGE_PAGE, bytes_);
+                if (first >= last) return;
+#ifdef MADV_NOHUGEPAGE
+                if (slow) madvise(data_ + first, last - first, MADV_NOHUGEPAGE);
+#endif
+                const auto start = std::chrono::steady_clock::now();
+                touch(first, last);
+                if (std::chrono::steady_clock::now() - start > std::chrono::milliseconds(1)) slow = true;
             };
         });
     }
@@ -59,7 +69,17 @@ class Arena {
     size_t bytes() const { return bytes_; }
 
   private:
-    void* data_ = nullptr;
+    static constexpr size_t HUGE_PAGE = size_t{2} << 20, PAGE = 4096;
+
+    void touch(size_t first, size_t last) {
+#ifdef MADV_POPULATE_WRITE
+        const size_t down = first / PAGE * PAGE;
+        if (madvise(data_ + down, last - down, MADV_POPULATE_WRITE) == 0) return;
+#endif
+        for (size_t at = first; at < last; at += PAGE) static_cast<volatile char*>(data_)[at] = 0;
+    }
+
+    char* data_ = nullptr;
     size_t bytes_;
 };
 

@@ -1,0 +1,51 @@
+"""Prints the comparison once all is timed: what pytest-benchmark's own table does not say."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """A Markdown table of the whole calls, and one of the core SVDs."""
+    benchmarks = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
+    calls = [(b.group, b.extra_info) for b in benchmarks if "× torch QR" in b.extra_info]
+    write = terminalreporter.write_line
+    if calls:
+        terminalreporter.section("whole call; milliseconds, medians; stages by the same threads")
+        write(
+            "| shapes, keep 0.25 | para_ext | × torch QR | × torch Gram | cores | svd | truncate | memory | Python "
+            "| floor | × floor | reused memory |"
+        )
+        write("|---|" + "---:|" * 11)
+        for group, info in calls:
+            stages = (info[key] for key in ("cores", "svd", "truncate", "memory", "python", "floor"))
+            qr, gram, limit = info["wanted"]
+            write(
+                f"| {group} | {info['whole'] * 1e3:.1f} | {info['× torch QR']:.1f}{_mark(info['× torch QR'] >= qr)} "
+                f"| {info['× torch Gram']:.1f}{_mark(info['× torch Gram'] >= gram)} | "
+                + " | ".join(f"{seconds * 1e3:.1f}" for seconds in stages)
+                + f" | {info['of floor']:.2f}{_mark(limit is None or info['of floor'] <= limit)}"
+                f" | {info['of floor, reused']:.2f} |"
+            )
+        for key in ("× torch QR", "× torch Gram"):
+            mean = math.exp(sum(math.log(info[key]) for _, info in calls) / len(calls))
+            lost = [group for group, info in calls if info[key] < 1]
+            write(f"{key}: geometric mean {mean:.1f}; slower than it: {', '.join(lost) or 'nowhere'}")
+        write("*: what we want is not reached")
+    svds = [(b.name, b.extra_info, b) for b in benchmarks if "× torch.linalg.svd" in b.extra_info]
+    if svds:
+        terminalreporter.section("core SVD; milliseconds, medians")
+        write("| | para_ext | batched | pooled | × the faster |")
+        write("|---|---:|---:|---:|---:|")
+        for name, info, b in svds:
+            times = (b.stats.median, info["batched"], info["pooled"])
+            row = " | ".join(f"{seconds * 1e3:.2f}" for seconds in times)
+            write(f"| {name} | {row} | {info['× torch.linalg.svd']:.1f} |")
+
+
+def _mark(reached: bool) -> str:
+    return "" if reached else "*"
