@@ -99,8 +99,10 @@ def holds_data(t: Tensor) -> bool:
         storage = t.untyped_storage()
         if storage.device.type == "meta":
             return False
-        last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.numel() == 0 or (t.data_ptr() != 0 and storage.nbytes() >= (last + 1) * t.itemsize)
+        count = t.numel()
+        if not t.is_contiguous():
+            count = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.numel() == 0 or (t.data_ptr() != 0 and storage.nbytes() >= (t.storage_offset() + count) * t.itemsize)
     except (RuntimeError, NotImplementedError):  # wrappers that have no storage of their own
         return False
 

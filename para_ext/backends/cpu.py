@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -60,11 +61,14 @@ class Cores:
         start = self.offsets[module] + 4 * r * r
         return self.workspace[start : start + r]
 
-    def beta(self, module: int) -> float:
-        """|scale|·‖B‖_F·‖A‖_F, the scale of all rounding errors."""
-        f = self.factors[module]
-        start = self.offsets[module] + 4 * f.rank * f.rank + f.rank
-        return abs(f.scale) * math.sqrt(self.workspace[start]) * math.sqrt(self.workspace[start + 1])
+    @cached_property
+    def betas(self) -> list[float]:
+        """|scale|·‖B‖_F·‖A‖_F per module, the scale of all its rounding errors."""
+        ranks = np.array([f.rank for f in self.factors], dtype=np.int64)
+        start = np.array(self.offsets, dtype=np.int64) + 4 * ranks * ranks + ranks
+        squares = np.sqrt(self.workspace[start]) * np.sqrt(self.workspace[start + 1])
+        betas: list[float] = (np.abs(self.scales) * squares).tolist()
+        return betas
 
 
 def supports(factors: LoraFactors) -> bool:
@@ -112,7 +116,7 @@ def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
 
 def betas(cores: Cores) -> list[float]:
     """See `Backend.betas`."""
-    return [cores.beta(i) for i in range(len(cores.factors))]
+    return cores.betas
 
 
 def svd(cores: Cores, threads: int) -> list[list[float]]:
@@ -172,7 +176,7 @@ def truncate(
         rounding = stretch_B * weighted_A + stretch_A * weighted_B + rounding_B * rounding_A
         measured = lost + rounding
         # What a Gram matrix in fp64 can hide: perturbing BᵀB by c·r·u moves ‖BX‖ by up to √(c·r·u)·‖B‖‖X‖.
-        floor = math.sqrt(30 * factors[i].rank * UNIT_ROUNDOFF) * cores.beta(i)
+        floor = math.sqrt(30 * factors[i].rank * UNIT_ROUNDOFF) * cores.betas[i]
         errors.append(measured + floor)
         # The sum is loose where one of its small terms is not small: hidden cancellation, or storage that underflows.
         if floor > measured / 2 or (rounding > lost and rounding > 0.1 * float(np.linalg.norm(cores.sigma(i)))):
