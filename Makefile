@@ -1,6 +1,7 @@
 # make test     build sdist and wheel, install the wheel into .venv, run every test against it
 # make lint     ruff, mypy, clang-format
-# make bench    time the stages and the whole call
+# make bench    time the stages and the whole call beside plain torch and the machine's floor
+# make bench-peers   time other tools' ways on a small adapter
 # make demo     fine-tune a LoRA on real data, compress it three ways, compare accuracies
 # make dev      an editable install in .venv, native core rebuilt by running it again
 
@@ -14,7 +15,7 @@ export PARA_EXT_NATIVE ?= ON
 export PARA_EXT_WERROR ?= ON
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test test-pure lint format bench demo dev clean
+.PHONY: test test-pure lint format bench bench-peers demo dev clean
 
 test: $(VENV)/installed
 	PARA_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest $(PYTEST_ARGS)
@@ -42,7 +43,10 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	mkdir -p build
-	$(BIN)/pytest benches -q --benchmark-json=build/bench.json $(PYTEST_ARGS)
+	$(BIN)/pytest benches -q --ignore=benches/bench_peers.py --benchmark-json=build/bench.json $(PYTEST_ARGS)
+
+bench-peers: $(VENV)/installed
+	$(BIN)/pytest benches/bench_peers.py -q $(PYTEST_ARGS)
 
 demo: $(DEMO)/venv/installed
 	$(DEMO)/venv/bin/python -u examples/demo.py --out $(DEMO)

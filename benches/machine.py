@@ -55,11 +55,11 @@ def _memory() -> tuple[torch.Tensor, torch.Tensor]:
 
 def rates(threads: int) -> Rates:
     """Medians of five, by ``threads`` threads, on memory as tensors have it."""
-    library, (source, target) = _library(), _memory()
+    library, (source, target) = _library(), (memory.data_ptr() for memory in _memory())
     return Rates(
         statistics.median(library.fma_rate(threads, 0.02) for _ in range(5)),
-        statistics.median(library.read_rate(source.data_ptr(), BYTES, threads) for _ in range(5)),
-        2 * statistics.median(library.copy_rate(source.data_ptr(), target.data_ptr(), BYTES, threads) for _ in range(5)),
+        statistics.median(library.read_rate(source, BYTES, threads) for _ in range(5)),
+        2 * statistics.median(library.copy_rate(source, target, BYTES, threads) for _ in range(5)),
     )
 
 

@@ -75,6 +75,7 @@ def layers(shapes: Shapes, count: int) -> Shapes:
     """The first ``count`` layers of a model, where all of them would take too long."""
     return tuple((name, m, n, min(count, given)) for name, m, n, given in shapes)
 
+
 Shapes = tuple[tuple[str, int, int, int], ...]
 
 

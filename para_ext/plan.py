@@ -318,6 +318,8 @@ class _Cell:
 def _score_sigma(cell: _Cell, starts: Sequence[int], ranks: Sequence[int], gains: Sequence[float]) -> list[float]:
     """Root mean square of each block's σ; for one component of one module σ itself, without a round trip."""
     size, sigma = cell.size, cell.members[0].sigma
+    if size == 1 and ranks[-1] == len(ranks):
+        return list(sigma[: len(ranks)])
     return [
         sigma[start] if size * (rank - start) == 1 else math.sqrt(gain / (size * (rank - start)))
         for start, rank, gain in zip(starts, ranks, gains, strict=True)
@@ -327,6 +329,8 @@ def _score_sigma(cell: _Cell, starts: Sequence[int], ranks: Sequence[int], gains
 def _score_density(cell: _Cell, starts: Sequence[int], ranks: Sequence[int], gains: Sequence[float]) -> list[float]:
     """Σσ² per parameter of each block."""
     width = cell.width
+    if ranks[-1] == len(ranks):
+        return [gain / width for gain in gains]
     return [gain / (width * (rank - start)) for start, rank, gain in zip(starts, ranks, gains, strict=True)]
 
 

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t CHAIN = 64;   // rows added up one by one: rounding of equal terms all goes one way
 constexpr int64_t CHAINS = 16;  // of a block
 constexpr int64_t BLOCK = CHAIN * CHAINS;
-constexpr int64_t PANEL = 2 * CHAIN;  // rows packed at a time
+constexpr int64_t PANEL = 2 * CHAIN;          // rows packed at a time
 constexpr int64_t APART = PANEL * STRIP + 8;  // of a panel's strips: not a power of two, which would share cache sets
 constexpr double UNIT_ROUNDOFF = 0x1p-53;
 
@@ -69,7 +69,8 @@ inline void gram_tile(const double* panel, int64_t count, int64_t row, int64_t s
     }
 }
 
-// G [width, width] gains PᵀP of a panel P [count, strips·STRIP]; what lies left of the diagonal's blocks is not written.
+// G [width, width] gains PᵀP of a panel P [count, strips·STRIP]; what lies left of the diagonal's blocks is not
+// written.
 inline void gram_of_panel(const double* panel, int64_t count, int64_t strips, int64_t width, bool fresh, Ahead ahead,
                           double* gram) {
     const int64_t lines = ahead.lines() / (strips * (strips + 1) / 2) + 1;  // for every block
@@ -107,7 +108,8 @@ void gram(const View<T>& x, int64_t width, double* panel, double* levels) {
             const int64_t count = end - first < PANEL ? end - first : PANEL;
             const int64_t next = first + PANEL, coming = x.rows - next < PANEL ? x.rows - next : PANEL;
             pack_strips(x, first, count, 0, strips, panel, APART, STRIP);
-            gram_of_panel(panel, count, strips, width, first == begin, Ahead(x, next, coming, 0, x.cols), levels + depth * size);
+            gram_of_panel(panel, count, strips, width, first == begin, Ahead(x, next, coming, 0, x.cols),
+                          levels + depth * size);
         }
         ++depth;
         ++blocks;

@@ -116,9 +116,7 @@ struct F32 {
 
 struct BF16 {
     using Storage = uint16_t;
-    static Part load(const uint16_t* from) {
-        return widened(same_bits<Floats>(widened(take<Halves>(from)) << 16));
-    }
+    static Part load(const uint16_t* from) { return widened(same_bits<Floats>(widened(take<Halves>(from)) << 16)); }
     static Part store(uint16_t* to, Part x) {
         const Floats stored = narrowed(rounded<8>(x, 0x1p-133));
         const Halves halves = narrowed(same_bits<Words>(stored) >> 16);
@@ -230,7 +228,8 @@ void pack_across(const View<T>& x, int64_t first, int64_t count, int64_t left, i
             }
         }
         for (int64_t i = 0; i < rows; ++i) {
-            if (rest > 0) store_part(place(whole) + i * step, load_some<T>(from + i * x.row_stride + whole * PART, rest));
+            if (rest > 0)
+                store_part(place(whole) + i * step, load_some<T>(from + i * x.row_stride + whole * PART, rest));
             for (int64_t q = whole + (rest > 0); q < all; ++q) store_part(place(q) + i * step, part(0));
         }
     }
@@ -284,7 +283,8 @@ void pack_strips(const View<T>& x, int64_t first, int64_t count, int64_t left, i
                         line[t * STRIP + c] = c < given ? *x.at(first + i + t, column + c) : typename T::Storage{};
                     }
                 }
-                pack_across(View<T>{line, rows, STRIP, STRIP, 1}, 0, rows, 0, 1, out + s * apart + i * step, apart, step);
+                pack_across(View<T>{line, rows, STRIP, STRIP, 1}, 0, rows, 0, 1, out + s * apart + i * step, apart,
+                            step);
             }
         }
     }

@@ -1,9 +1,9 @@
 // Stage 2: M = U S Vᵀ by one-sided Jacobi (Hestenes 1958; de Rijk 1989), eight matrices at a time, one in each lane.
 //
-// First M = Π·L·Qᵀ by Householder reflections of its rows, the largest that is left first: on the columns of L, graded and
-// half empty, Jacobi needs two thirds of the rotations (Drmač & Veselić 2008). Then columns are rotated until every pair
-// is orthogonal; their norms are S, the normalised columns Πᵀ·U, and neither Q nor V is needed. A lane in which a pair is
-// already orthogonal is masked, so a matrix's bits don't depend on its neighbours.
+// First M = Π·L·Qᵀ by Householder reflections of its rows, the largest that is left first: on the columns of L, graded
+// and half empty, Jacobi needs two thirds of the rotations (Drmač & Veselić 2008). Then columns are rotated until every
+// pair is orthogonal; their norms are S, the normalised columns Πᵀ·U, and neither Q nor V is needed. A lane in which a
+// pair is already orthogonal is masked, so a matrix's bits don't depend on its neighbours.
 #pragma once
 
 #include <cmath>
@@ -109,8 +109,8 @@ struct Pair {
     int64_t p, q;  // p < q
 };
 
-// Makes the columns of each pair orthogonal and keeps their squared norms up to date; the pairs share no column, so that
-// the machine works on one while it waits for another's square roots. Returns the lanes that were rotated.
+// Makes the columns of each pair orthogonal and keeps their squared norms up to date; the pairs share no column, so
+// that the machine works on one while it waits for another's square roots. Returns the lanes that were rotated.
 template <int COUNT>
 PARA_INLINE Mask rotate(double* columns, double* norms, int64_t width, const Pair (&pairs)[COUNT],
                         Vec squared_tolerance) {
@@ -166,7 +166,9 @@ inline Mask sweep(double* columns, double* norms, int64_t width) {
         store(norms + p * LANES, dot(columns + p * svd_apart(width), columns + p * svd_apart(width), width));
     }
     const auto one = [&](Pair x) { rotated = rotated | rotate(columns, norms, width, {x}, squared_tolerance); };
-    const auto two = [&](Pair x, Pair y) { rotated = rotated | rotate(columns, norms, width, {x, y}, squared_tolerance); };
+    const auto two = [&](Pair x, Pair y) {
+        rotated = rotated | rotate(columns, norms, width, {x, y}, squared_tolerance);
+    };
     // Four columns of up to 64 rows stay in the first cache while all later ones pass by.
     const int64_t together = width <= 16 || width > 64 ? 2 : 4;
     for (int64_t first = 0; first < width; first += together) {

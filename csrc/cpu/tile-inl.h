@@ -55,8 +55,8 @@ struct Tile {
                 const Part factor = part(x[i * left.row]);
                 PARA_UNROLL
                 for (int q = 0; q < WIDE; ++q) {
-                    sum[i][q] = terms == Terms::exact ? fma_exact(factor, row[q], sum[i][q])
-                                                      : sum[i][q] + factor * row[q];
+                    sum[i][q] =
+                        terms == Terms::exact ? fma_exact(factor, row[q], sum[i][q]) : sum[i][q] + factor * row[q];
                 }
             }
         }
@@ -68,7 +68,8 @@ template <Terms terms, int ROWS, int STRIPS, class Finish>
 inline void one_tile(Left x, int64_t first, Right y, int64_t strip, int64_t inner, Finish& finish) {
     Tile<ROWS, STRIPS> tile;
     tile.clear();
-    tile.template add<terms>({x.data + first * x.row, x.row, x.step}, {y.data + strip * y.strip, y.strip, y.step}, inner);
+    tile.template add<terms>({x.data + first * x.row, x.row, x.step}, {y.data + strip * y.strip, y.strip, y.step},
+                             inner);
     finish(first, strip * STRIP, tile);
 }
 

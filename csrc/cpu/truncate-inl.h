@@ -109,7 +109,8 @@ inline double lost_norm(const Core& core, const double* y, const double* z, int6
     return std::sqrt(squared);
 }
 
-constexpr int64_t SLAB = 96;  // rows of B, columns of A at a time: a multiple of every tile, and the panel fits the cache
+constexpr int64_t SLAB =
+    96;  // rows of B, columns of A at a time: a multiple of every tile, and the panel fits the cache
 
 // A tile's sums → out, the first `given` columns of each row, rows `apart` elements from one to the next, and
 // add(row, q, error²) for every register q of them. `room` elements from the first on may be overwritten.

@@ -255,11 +255,11 @@ inline void store_part(double* p, Part x) {
 #else
 #define PARA_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (Truth){__VA_ARGS__})
 #endif
-#define PARA_EXCHANGE(i, j, low, high)                     \
-    {                                                      \
-        const Part x = rows[i], y = rows[j];               \
-        rows[i] = PARA_SHUFFLE(x, y, PARA_UNPACKED low);   \
-        rows[j] = PARA_SHUFFLE(x, y, PARA_UNPACKED high);  \
+#define PARA_EXCHANGE(i, j, low, high)                    \
+    {                                                     \
+        const Part x = rows[i], y = rows[j];              \
+        rows[i] = PARA_SHUFFLE(x, y, PARA_UNPACKED low);  \
+        rows[j] = PARA_SHUFFLE(x, y, PARA_UNPACKED high); \
     }
 #define PARA_UNPACKED(...) __VA_ARGS__
 inline void transpose(Part (&rows)[PART]) {
