@@ -201,13 +201,15 @@ inline void svd(const Core* cores, const int64_t* r, int64_t count, int64_t widt
         // The test for orthogonality multiplies four squares; entries near 1 keep that in range. Columns that are
         // 2^-200 of the largest can't change a bit of anything above rounding noise and would leave it.
         std::frexp(largest, &exponent[lane]);
+        // In two steps: one power of two may be out of range.
+        const int half = exponent[lane] / 2;
+        const double down = std::ldexp(1.0, -half), rest = std::ldexp(1.0, half - exponent[lane]);
         for (int64_t q = 0; q < n; ++q) {
             double peak = 0;
             for (int64_t i = 0; i < n; ++i) peak = std::fabs(m[i * n + q]) > peak ? std::fabs(m[i * n + q]) : peak;
             if (peak <= largest * 0x1p-200) continue;
-            for (int64_t i = 0; i < n; ++i) {
-                columns[q * svd_apart(width) + i * LANES + lane] = std::ldexp(m[i * n + q], -exponent[lane]);
-            }
+            for (int64_t i = 0; i < n; ++i)
+                columns[q * svd_apart(width) + i * LANES + lane] = m[i * n + q] * down * rest;
         }
     }
 

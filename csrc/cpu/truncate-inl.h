@@ -50,30 +50,32 @@ inline int64_t components(const Problem& p) {
     return count;
 }
 
-// T_B [r, width] and T_Aᵀ [r, width] in fp64, not yet rounded; columns from `kept` on are zero. Scratch: u [r, width].
-inline void transforms(const Problem& p, int64_t kept, int64_t width, double* u, double* t_b, double* t_a) {
+// T_B [r, width] and T_Aᵀ [r, width] in fp64, not yet rounded; columns from `kept` on are zero. Scratch: u
+// [r, width], root [width].
+inline void transforms(const Problem& p, int64_t kept, int64_t width, double* u, double* root, double* t_b,
+                       double* t_a) {
     const Core& core = p.core;
     const int64_t r = p.rank(), rank_b = core.ranks[0];
     for (int64_t i = 0; i < r * width; ++i) t_b[i] = 0;
-
-    for (int64_t i = rank_b - 1; i >= 0; --i) {
-        const double* row = core.r_b + i * r;
-        double* x = t_b + core.pivot_b[i] * width;
-        for (int64_t c = 0; c < kept; ++c) x[c] = core.u[i * r + c] * std::sqrt(core.sigma[c]);
-        for (int64_t l = i + 1; l < rank_b; ++l) {
-            const Vec factor = splat(row[core.pivot_b[l]]);
-            const double* solved = t_b + core.pivot_b[l] * width;
-            for (int64_t c = 0; c < width; c += LANES) store(x + c, load(x + c) - factor * load(solved + c));
-        }
-        const Vec diagonal = splat(row[core.pivot_b[i]]);
-        for (int64_t c = 0; c < width; c += LANES) store(x + c, load(x + c) / diagonal);
-    }
     for (int64_t i = 0; i < rank_b; ++i) {
         for (int64_t c = 0; c < width; ++c) u[i * width + c] = c < kept ? core.u[i * r + c] : 0;
     }
+    for (int64_t c = 0; c < width; ++c) root[c] = c < kept ? std::sqrt(core.sigma[c]) : 0;
+
+    for (int64_t i = rank_b - 1; i >= 0; --i) {
+        const double* row = core.r_b + i * r;
+        const Vec diagonal = splat(row[core.pivot_b[i]]);
+        for (int64_t c = 0; c < width; c += LANES) {
+            Vec x = load(u + i * width + c) * load(root + c);
+            for (int64_t l = i + 1; l < rank_b; ++l) {
+                x = x - splat(row[core.pivot_b[l]]) * load(t_b + core.pivot_b[l] * width + c);
+            }
+            store(t_b + core.pivot_b[i] * width + c, x / diagonal);
+        }
+    }
     small_product({core.r_b, 1, r}, r, u, rank_b, width, t_a);
     for (int64_t c = 0; c < kept; ++c) {
-        const double weight = p.scale / std::sqrt(core.sigma[c]);
+        const double weight = p.scale / root[c];
         for (int64_t j = 0; j < r; ++j) t_a[j * width + c] *= weight;
     }
 }
@@ -95,18 +97,34 @@ inline double stretch(const double* y, int64_t rows, const double* sigma, int64_
     return std::sqrt(largest);
 }
 
-// ‖M − (R_B T_B)(T_A R_Aᵀ)‖_F = ‖R_B (scale·I − T_B T_A) R_Aᵀ‖_F, for T as rounded.
-inline double lost_norm(const Core& core, const double* y, const double* z, int64_t r, int64_t width) {
-    double squared = 0;
-    for (int64_t i = 0; i < core.ranks[0]; ++i) {
-        for (int64_t q = 0; q < core.ranks[1]; ++q) {
-            Vec acc = splat(0);
-            for (int64_t c = 0; c < width; c += LANES) acc += load(y + i * width + c) * load(z + q * width + c);
-            const double residual = core.m[i * r + q] - sum(acc);
-            squared += residual * residual;
-        }
+// ‖M − (R_B T_B)(T_A R_Aᵀ)‖_F = ‖R_B (scale·I − T_B T_A) R_Aᵀ‖_F, for T as rounded: y = R_B T_B [r, width], z = R_A
+// T_Aᵀ [r, width]. Scratch: zt [width, columns], squared [columns] with columns = round_up(r, LANES).
+inline double lost_norm(const Core& core, const double* y, const double* z, int64_t r, int64_t width, double* zt,
+                        double* squared) {
+    const int64_t columns = round_up(r, LANES);
+    for (int64_t c = 0; c < width; ++c) {
+        for (int64_t q = 0; q < columns; ++q) zt[c * columns + q] = q < core.ranks[1] ? z[q * width + c] : 0;
     }
-    return std::sqrt(squared);
+    for (int64_t q = 0; q < columns; ++q) squared[q] = 0;
+    const Right right = {zt, STRIP, columns};
+    product<Terms::rounded>({y, width, 1}, core.ranks[0], right, columns / STRIP, width,
+                            [&](int64_t i, int64_t j, const auto& tile) {
+                                double sums[tile.HIGH * tile.WIDE * PART];
+                                PARA_UNROLL
+                                for (int t = 0; t < tile.HIGH * tile.WIDE; ++t) {
+                                    store_part(sums + t * PART, tile.sum[t / tile.WIDE][t % tile.WIDE]);
+                                }
+                                for (int64_t row = 0; row < tile.HIGH; ++row) {
+                                    const double* m = core.m + (i + row) * r + j;
+                                    for (int64_t q = 0; q < tile.WIDE * PART && j + q < r; ++q) {
+                                        const double residual = m[q] - sums[row * tile.WIDE * PART + q];
+                                        squared[j + q] += residual * residual;
+                                    }
+                                }
+                            });
+    double total = 0;
+    for (int64_t q = 0; q < r; ++q) total += squared[q];
+    return std::sqrt(total);
 }
 
 constexpr int64_t SLAB =
@@ -202,7 +220,8 @@ inline void write_a(const View<From>& a, const double* t_a, int64_t width, int64
 
 inline int64_t truncate_scratch(const Problem& p) {
     const int64_t r = p.rank(), width = round_up(p.k, LANES);
-    return SLAB * round_up(r, LANES) + 8 * SLAB + width * LANES + 5 * r * width + 2 * width;
+    const int64_t columns = round_up(r, LANES);
+    return SLAB * columns + 8 * SLAB + width * LANES + 5 * r * width + 2 * width + (width + 1) * columns;
 }
 
 // Calls work(To) with the format of the new factors.
@@ -242,9 +261,11 @@ inline Certificate truncate(const Problem& p, double* scratch) {
     double* line = u + r * width;
     double* squared = line + width;
     double* lanes = squared + width;
-    double* panel = lanes + width * LANES;
+    double* zt = lanes + width * LANES;
+    double* residuals = zt + width * round_up(r, LANES);
+    double* panel = residuals + round_up(r, LANES);
 
-    transforms(p, kept, width, u, t_b, t_a);
+    transforms(p, kept, width, u, line, t_b, t_a);
     const int bits_b = 53 - significand_bits(p.b.dtype), bits_a = 53 - significand_bits(p.a.dtype);
     for (int64_t i = 0; i < r * width; ++i) {
         t_b[i] = round_to_bits(t_b[i], bits_b);
@@ -264,7 +285,7 @@ inline Certificate truncate(const Problem& p, double* scratch) {
         });
         in_a = rounding(squared, core.sigma, kept);
     });
-    return {lost_norm(core, y, z, r, width),
+    return {lost_norm(core, y, z, r, width, zt, residuals),
             stretch(y, core.ranks[0], core.sigma, kept, width, line),
             stretch(z, core.ranks[1], core.sigma, kept, width, line),
             in_b.plain,

@@ -85,9 +85,9 @@ def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
     if ISA and ISA not in levels():
         raise ParaError(f"PARA_EXT_ISA is '{ISA}'; unset it, or use one of {', '.join(levels())}")
     words = [_cpu.core_words(f.rank) for f in factors]
-    workspace = np.empty(sum(words) + 8, dtype=np.float64)
-    base = -workspace.ctypes.data % _SLOT // 8
+    workspace = np.asarray(_cpu.Arena(8 * max(sum(words), 1), threads)).view(np.float64)  # starts on a page
     address = workspace.ctypes.data
+    base = 0
     offsets: list[int] = []
     rows: list[tuple[int, ...]] = []
     for f, count in zip(factors, words, strict=True):

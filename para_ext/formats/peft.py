@@ -133,11 +133,16 @@ class Slot:
     def join(self, members: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
         """A and B as PEFT stores them, scale folded in, from new factors of the members with one rank k ≥ 1."""
         k = members[0].rank
-        A = torch.cat([f.A for f in members]).reshape(-1, *self.A.shape[1:])
+        A = _joined([f.A for f in members]).reshape(-1, *self.A.shape[1:])
         Bs = [f.B if f.scale == 1 else f.B * f.scale for f in members]
         if self.experts:
             return A, torch.stack(Bs, dim=2).reshape(-1, k * len(Bs))
-        return A, torch.cat(Bs).reshape(-1, k, *self.B.shape[2:])
+        return A, _joined(Bs).reshape(-1, k, *self.B.shape[2:])
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Their rows one after the other; one alone is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 class Written(NamedTuple):
