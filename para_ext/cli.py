@@ -229,7 +229,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not turn a result into a traceback
-    gc.disable()  # a short life with many objects: looking for cycles among PyTorch's took a tenth of a second each time
+    gc.disable()  # a short life, many objects: each search for cycles among all of PyTorch takes a tenth of a second
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as exit_:

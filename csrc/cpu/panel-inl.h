@@ -176,7 +176,6 @@ inline Part store_some(typename T::Storage* to, Part x, int64_t count) {
 // A matrix in one of the formats; strides in elements.
 template <class T>
 struct View {
-    using Format = T;
     const typename T::Storage* data;
     int64_t rows, cols, row_stride, col_stride;
 
