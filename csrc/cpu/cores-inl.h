@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "tile-inl.h"
 
@@ -193,10 +194,11 @@ inline void product_transposed(const double* x, int64_t rows, const double* y, i
     for (int64_t i = rows * r; i < r * r; ++i) out[i] = 0;
     const Right right = {yt, STRIP, width};
     product<Terms::rounded>({x, r, 1}, rows, right, width / STRIP, r, [&](int64_t i, int64_t j, const auto& tile) {
-        for (int row = 0; row < tile.HIGH; ++row) {
-            double line[tile.WIDE * PART];
-            for (int q = 0; q < tile.WIDE; ++q) store_part(line + q * PART, tile.sum[row][q] * part(factor));
-            for (int64_t t = 0; t < tile.WIDE * PART && j + t < r; ++t) out[(i + row) * r + j + t] = line[t];
+        constexpr int HIGH = std::decay_t<decltype(tile)>::HIGH, WIDE = std::decay_t<decltype(tile)>::WIDE;
+        for (int row = 0; row < HIGH; ++row) {
+            double line[WIDE * PART];
+            for (int q = 0; q < WIDE; ++q) store_part(line + q * PART, tile.sum[row][q] * part(factor));
+            for (int64_t t = 0; t < WIDE * PART && j + t < r; ++t) out[(i + row) * r + j + t] = line[t];
         }
     });
 }

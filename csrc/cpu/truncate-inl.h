@@ -109,15 +109,17 @@ inline double lost_norm(const Core& core, const double* y, const double* z, int6
     const Right right = {zt, STRIP, columns};
     product<Terms::rounded>({y, width, 1}, core.ranks[0], right, columns / STRIP, width,
                             [&](int64_t i, int64_t j, const auto& tile) {
-                                double sums[tile.HIGH * tile.WIDE * PART];
+                                constexpr int HIGH = std::decay_t<decltype(tile)>::HIGH;
+                                constexpr int WIDE = std::decay_t<decltype(tile)>::WIDE;
+                                double sums[HIGH * WIDE * PART];
                                 PARA_UNROLL
-                                for (int t = 0; t < tile.HIGH * tile.WIDE; ++t) {
-                                    store_part(sums + t * PART, tile.sum[t / tile.WIDE][t % tile.WIDE]);
+                                for (int t = 0; t < HIGH * WIDE; ++t) {
+                                    store_part(sums + t * PART, tile.sum[t / WIDE][t % WIDE]);
                                 }
-                                for (int64_t row = 0; row < tile.HIGH; ++row) {
+                                for (int64_t row = 0; row < HIGH; ++row) {
                                     const double* m = core.m + (i + row) * r + j;
-                                    for (int64_t q = 0; q < tile.WIDE * PART && j + q < r; ++q) {
-                                        const double residual = m[q] - sums[row * tile.WIDE * PART + q];
+                                    for (int64_t q = 0; q < WIDE * PART && j + q < r; ++q) {
+                                        const double residual = m[q] - sums[row * WIDE * PART + q];
                                         squared[j + q] += residual * residual;
                                     }
                                 }

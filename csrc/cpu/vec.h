@@ -141,7 +141,17 @@ inline void operator+=(Two<H>& x, Two<H> y) {
     x = x + y;
 }
 template <class H>
-inline auto operator>(Two<H> x, Two<H> y) -> Two<decltype(x.low > y.low)> {
+struct Compared;
+template <>
+struct Compared<Part> {
+    using type = Truth;
+};
+template <class H>
+struct Compared<Two<H>> {
+    using type = Two<typename Compared<H>::type>;
+};
+template <class H>
+inline typename Compared<Two<H>>::type operator>(Two<H> x, Two<H> y) {
     return {x.low > y.low, x.high > y.high};
 }
 template <class H>
