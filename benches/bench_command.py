@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measure import anonymous_bytes
 from safetensors.torch import save_file
 from shapes import LLAMA_3_8B, trained_like
 
@@ -24,15 +25,6 @@ import para_ext
 
 RUNS = 5
 PLAIN = Path(__file__).with_name("plain_torch.py")
-
-
-def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a running process, 0 when it has gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def run(command: Sequence[str], folder: Path) -> tuple[float, int]:

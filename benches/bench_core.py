@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from machine import back, floor, rates
+from measure import seconds
 from plain_torch import compress_pairs, compress_pairs_gram
 from shapes import LLAMA_3_8B, MINILM_L6, ROBERTA_BASE, SDXL_UNET, Shapes, layers, trained_like
 
 from para_ext import LoraFactors, _cpu, decompose
 from para_ext.backends import cpu
+from para_ext.pool import map_single_threaded
 
 KEEP = 0.25
 ROUNDS = 7
@@ -65,13 +67,13 @@ def ours(factors: list[LoraFactors]) -> Pairs:
 @contextmanager
 def native_seconds() -> Iterator[dict[str, float]]:
     """How long the native stages run meanwhile: cores, svd (large cores by torch.linalg included), truncate, memory."""
-    seconds = {"cores": 0.0, "svd": 0.0, "truncate": 0.0, "reused": 0.0, "memory": 0.0}
+    spent = {"cores": 0.0, "svd": 0.0, "truncate": 0.0, "reused": 0.0, "memory": 0.0}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             start = time.perf_counter()
             result = function(*args)
-            seconds[name] += time.perf_counter() - start
+            spent[name] += time.perf_counter() - start
             return result
 
         return call
@@ -87,7 +89,7 @@ def native_seconds() -> Iterator[dict[str, float]]:
         patch.setattr(cpu, "svd", timed("svd", cpu.svd))
         patch.setattr(_cpu, "truncate", truncate_twice)
         patch.setattr(_cpu, "Arena", timed("memory", _cpu.Arena))
-        yield seconds
+        yield spent
 
 
 def error(pairs: list[tuple[torch.Tensor, torch.Tensor, float]], new: Pairs) -> float:
@@ -118,32 +120,30 @@ def test_whole_call(benchmark: Any, name: str) -> None:
     back(2 * ROUNDS * 4 * sum(B.nbytes + A.nbytes for B, A in expected))
     ranks = [A.shape[0] for _, A in expected]
 
-    seconds: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     alive: list[Any] = []
 
     def other_methods() -> None:
         machine = rates(threads)
         for method, call in methods.items():
-            start = time.perf_counter()
-            alive.append(call())
-            seconds.setdefault(method, []).append(time.perf_counter() - start)
+            times.setdefault(method, []).append(seconds(lambda call=call: alive.append(call())))
         with native_seconds() as native:
             alive.append(ours(factors))
         native["floor"] = sum(floor(factors, ranks, machine))
         native["of floor"] = (native["cores"] + native["truncate"] + native["memory"]) / native["floor"]
         native["of floor, reused"] = (native["cores"] + native["reused"]) / native["floor"]
         for stage, value in native.items():
-            seconds.setdefault(stage, []).append(value)
+            times.setdefault(stage, []).append(value)
 
     def one_round() -> None:
         alive.append(ours(factors))
 
     benchmark.group = name
     benchmark.pedantic(one_round, setup=other_methods, rounds=ROUNDS)
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    medians = {key: statistics.median(values) for key, values in times.items()}
     whole = statistics.median(benchmark.stats.stats.data)
     native_whole = medians["cores"] + medians["svd"] + medians["truncate"] + medians["memory"]
-    rounds = zip(seconds["torch QR"], seconds["torch Gram"], benchmark.stats.stats.data, strict=True)
+    rounds = zip(times["torch QR"], times["torch Gram"], benchmark.stats.stats.data, strict=True)
     ratios = [(qr / mine, gram / mine) for qr, gram, mine in rounds]
     benchmark.extra_info.update(medians, whole=whole, python=whole - native_whole, modules=len(factors))
     benchmark.extra_info["× torch QR"] = statistics.median(qr for qr, _ in ratios)
@@ -159,8 +159,6 @@ def test_core_svd(benchmark: Any, rank: int) -> None:
 
     The native routine by itself; where it hands over to torch.linalg.eigh, the whole stage.
     """
-    from para_ext.pool import map_single_threaded
-
     shapes = LLAMA_3_8B if rank < 128 else LLAMA_8
     factors = [
         LoraFactors(n, B, A) for n, B, A in trained_like(tuple((n, 256, 256, c) for n, *_, c in shapes), rank, FP32)
@@ -172,13 +170,11 @@ def test_core_svd(benchmark: Any, rank: int) -> None:
         "batched": lambda: torch.linalg.svd(stacked),
         "pooled": lambda: map_single_threaded(torch.linalg.svd, list(stacked), threads),
     }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[float]] = {way: [] for way in ways}
 
     def torch_ways() -> None:
         for way, call in ways.items():
-            start = time.perf_counter()
-            call()
-            seconds[way].append(time.perf_counter() - start)
+            times[way].append(seconds(call))
 
     benchmark.group = "core SVD"
 
@@ -193,7 +189,7 @@ def test_core_svd(benchmark: Any, rank: int) -> None:
     for i in range(len(factors)):
         torch.testing.assert_close(torch.from_numpy(cores.sigma(i)), expected[i], rtol=1e-9, atol=1e-9)
     mine = statistics.median(benchmark.stats.stats.data)
-    best = min(statistics.median(values) for values in seconds.values())
-    benchmark.extra_info.update({way: statistics.median(values) for way, values in seconds.items()})
+    best = min(statistics.median(values) for values in times.values())
+    benchmark.extra_info.update({way: statistics.median(values) for way, values in times.items()})
     benchmark.extra_info["× torch.linalg.svd"] = best / mine
     assert best > mine

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from measure import anonymous_bytes, seconds
 from shapes import LLAMA_3_8B, Shapes, layers, trained_like
 
 from para_ext import LoraFactors, decompose
@@ -21,12 +21,6 @@ ROUNDS = 7
 
 def factors_of(shapes: Shapes, rank: int) -> list[LoraFactors]:
     return [LoraFactors(name, B, A) for name, B, A in trained_like(shapes, rank, torch.float32)]
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="one thread only")
@@ -106,18 +100,14 @@ def test_memory(benchmark: Any) -> None:
     factors = factors_of(layers(LLAMA_3_8B, 16), 64)
     matrices = sum(4 * 8 * f.rank**2 for f in factors)
 
-    def anonymous() -> int:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
-
     def extra() -> int:
-        before = peak = anonymous()
+        before = peak = anonymous_bytes(os.getpid())
         done = threading.Event()
 
         def watch() -> None:
             nonlocal peak
             while not done.wait(0.001):
-                peak = max(peak, anonymous())
+                peak = max(peak, anonymous_bytes(os.getpid()))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -125,7 +115,7 @@ def test_memory(benchmark: Any) -> None:
         new = decomposition.truncate(decomposition.spectra.plan(keep=0.25))
         done.set()
         watcher.join()
-        return max(peak, anonymous()) - before - sum(f.B.nbytes + f.A.nbytes for f in new) - matrices
+        return max(peak, anonymous_bytes(os.getpid())) - before - sum(f.B.nbytes + f.A.nbytes for f in new) - matrices
 
     extra()  # torch and the pool of threads take theirs once
     benchmark.group = "memory"

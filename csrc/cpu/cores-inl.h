@@ -38,7 +38,7 @@ inline void gram_tile(const double* panel, int64_t count, int64_t row, int64_t s
             PARA_UNROLL
             for (int q = 0; q < Sums::WIDE; ++q) {
                 double* to = out + i * width + q * PART;
-                store_part(to, fresh ? sums.sum[i][q] : load_part(to) + sums.sum[i][q]);
+                store(to, fresh ? sums.sum[i][q] : load_part(to) + sums.sum[i][q]);
             }
         }
         fresh = false;
@@ -197,7 +197,7 @@ inline void product_transposed(const double* x, int64_t rows, const double* y, i
         constexpr int HIGH = std::decay_t<decltype(tile)>::HIGH, WIDE = std::decay_t<decltype(tile)>::WIDE;
         for (int row = 0; row < HIGH; ++row) {
             double line[WIDE * PART];
-            for (int q = 0; q < WIDE; ++q) store_part(line + q * PART, tile.sum[row][q] * part(factor));
+            for (int q = 0; q < WIDE; ++q) store(line + q * PART, tile.sum[row][q] * part(factor));
             for (int64_t t = 0; t < WIDE * PART && j + t < r; ++t) out[(i + row) * r + j + t] = line[t];
         }
     });

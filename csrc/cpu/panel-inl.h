@@ -88,14 +88,19 @@ inline V take(const void* from) {
     return out;
 }
 
-// x rounded to BITS significant bits, and to multiples of `step` where that is coarser (the format's subnormals).
+// x rounded to so many significant bits, to nearest even.
+inline Part rounded_to_bits(Part x, int significant) {
+    const int drop = 53 - significant;
+    Truth bits = same_bits<Truth>(x);
+    bits += ((int64_t{1} << (drop - 1)) - 1) + ((bits >> drop) & 1);
+    return same_bits<Part>(bits & -(int64_t{1} << drop));
+}
+
+// The same, and to multiples of `step` where that is coarser (a format's subnormals).
 template <int BITS>
 inline Part rounded(Part x, double step) {
-    constexpr int DROP = 53 - BITS;
-    Truth bits = same_bits<Truth>(x);
-    const Truth sign = bits & INT64_MIN;
-    bits += ((int64_t{1} << (DROP - 1)) - 1) + ((bits >> DROP) & 1);
-    const Part normal = same_bits<Part>(bits & -(int64_t{1} << DROP));
+    const Truth sign = same_bits<Truth>(x) & INT64_MIN;
+    const Part normal = rounded_to_bits(x, BITS);
     // Adding 1.5·2^52 steps leaves no room for anything below one step.
     const Part magic = part(0x1.8p52 * step);
     const Part subnormal = same_bits<Part>(same_bits<Truth>((x + magic) - magic) | sign);
@@ -217,19 +222,18 @@ void pack_across(const View<T>& x, int64_t first, int64_t count, int64_t left, i
         const auto place = [&](int64_t q) { return out + q / PARTS * apart + q % PARTS * PART + begin * step; };
         if (rows == 1) {
             PARA_UNROLL_SOME
-            for (int64_t q = 0; q < whole; ++q) store_part(place(q), T::load(from + q * PART));
+            for (int64_t q = 0; q < whole; ++q) store(place(q), T::load(from + q * PART));
         } else {
             for (int64_t q = 0; q < whole; ++q) {
                 PARA_UNROLL_SOME
                 for (int64_t i = 0; i < rows; ++i) {
-                    store_part(place(q) + i * step, T::load(from + i * x.row_stride + q * PART));
+                    store(place(q) + i * step, T::load(from + i * x.row_stride + q * PART));
                 }
             }
         }
         for (int64_t i = 0; i < rows; ++i) {
-            if (rest > 0)
-                store_part(place(whole) + i * step, load_some<T>(from + i * x.row_stride + whole * PART, rest));
-            for (int64_t q = whole + (rest > 0); q < all; ++q) store_part(place(q) + i * step, part(0));
+            if (rest > 0) store(place(whole) + i * step, load_some<T>(from + i * x.row_stride + whole * PART, rest));
+            for (int64_t q = whole + (rest > 0); q < all; ++q) store(place(q) + i * step, part(0));
         }
     }
 }
@@ -250,13 +254,13 @@ void pack_down(const View<T>& x, int64_t first, int64_t count, int64_t left, int
                 for (int c = 0; c < PART; ++c) block[c] = T::load(from + i + c * x.col_stride);
                 transpose(block);
                 PARA_UNROLL
-                for (int t = 0; t < PART; ++t) store_part(to + (i + t) * step, block[t]);
+                for (int t = 0; t < PART; ++t) store(to + (i + t) * step, block[t]);
             }
         }
         for (; i < count; ++i) {
             typename T::Storage line[PART] = {};
             for (int64_t c = 0; c < PART && c < given; ++c) line[c] = *x.at(first + i, column + c);
-            store_part(to + i * step, T::load(line));
+            store(to + i * step, T::load(line));
         }
     }
 }

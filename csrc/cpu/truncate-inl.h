@@ -19,22 +19,12 @@ inline int significand_bits(DType dtype) {
     return dtype == DType::f32 ? 24 : dtype == DType::f16 ? 11 : 8;
 }
 
-inline double round_to_bits(double x, int bits) {
-    uint64_t word;
-    std::memcpy(&word, &x, sizeof word);
-    const int drop = 53 - bits;
-    word += (uint64_t{1} << (drop - 1)) - 1 + ((word >> drop) & 1);
-    word &= ~((uint64_t{1} << drop) - 1);
-    std::memcpy(&x, &word, sizeof word);
-    return x;
-}
-
 // y [rows, width] ← X [rows, inner] · T [inner, width].
 inline void small_product(Left x, int64_t rows, const double* t, int64_t inner, int64_t width, double* y) {
     const Right right = {t, STRIP, width};
     product<Terms::rounded>(x, rows, right, width / STRIP, inner, [&](int64_t i, int64_t j, const auto& tile) {
         for (int row = 0; row < tile.HIGH; ++row) {
-            for (int q = 0; q < tile.WIDE; ++q) store_part(y + (i + row) * width + j + q * PART, tile.sum[row][q]);
+            for (int q = 0; q < tile.WIDE; ++q) store(y + (i + row) * width + j + q * PART, tile.sum[row][q]);
         }
     });
 }
@@ -114,7 +104,7 @@ inline double lost_norm(const Core& core, const double* y, const double* z, int6
                                 double sums[HIGH * WIDE * PART];
                                 PARA_UNROLL
                                 for (int t = 0; t < HIGH * WIDE; ++t) {
-                                    store_part(sums + t * PART, tile.sum[t / WIDE][t % WIDE]);
+                                    store(sums + t * PART, tile.sum[t / WIDE][t % WIDE]);
                                 }
                                 for (int64_t row = 0; row < HIGH; ++row) {
                                     const double* m = core.m + (i + row) * r + j;
@@ -129,8 +119,8 @@ inline double lost_norm(const Core& core, const double* y, const double* z, int6
     return std::sqrt(total);
 }
 
-constexpr int64_t SLAB =
-    96;  // rows of B, columns of A at a time: a multiple of every tile, and the panel fits the cache
+// Rows of B, columns of A at a time: a multiple of every tile, and the panel fits the cache.
+constexpr int64_t SLAB = 96;
 
 // A tile's sums → out, the first `given` columns of each row, rows `apart` elements from one to the next, and
 // add(row, q, error²) for every register q of them. `room` elements from the first on may be overwritten.
@@ -151,7 +141,7 @@ PARA_INLINE void write_tile(const Tile& tile, int64_t given, int64_t room, typen
     }
     double sums[HIGH * WIDE * PART];  // the rare edge must not cost the others their registers
     PARA_UNROLL
-    for (int i = 0; i < HIGH * WIDE; ++i) store_part(sums + i * PART, tile.sum[i / WIDE][i % WIDE]);
+    for (int i = 0; i < HIGH * WIDE; ++i) store(sums + i * PART, tile.sum[i / WIDE][i % WIDE]);
     for (int row = 0; row < HIGH; ++row) {
         for (int q = 0; q < WIDE && q * PART < given; ++q) {
             const Part sum = load_part(sums + (row * WIDE + q) * PART);
@@ -188,7 +178,7 @@ inline void write_b(const View<From>& b, const double* t_b, int64_t width, int64
             const int64_t room = new_strips <= MOST_STRIPS ? m * k - at : (tile.HIGH - 1) * k + k - j;
             write_tile<To>(tile, k - j, room, out + at, k, [&](int, int q, Part error) { errors[q] += error; });
             PARA_UNROLL
-            for (int q = 0; q < WIDE; ++q) store_part(squared + j + q * PART, errors[q]);
+            for (int q = 0; q < WIDE; ++q) store(squared + j + q * PART, errors[q]);
         });
     }
 }
@@ -213,7 +203,7 @@ inline void write_a(const View<From>& a, const double* t_a, int64_t width, int64
             const int64_t given = count - j, room = (tile.HIGH - 1) * n + given;
             write_tile<To>(tile, given, room, out + i * n + first + j, n, [&](int row, int q, Part error) {
                 double* into = lanes + (i + row) * LANES + (j + q * PART) % LANES;
-                store_part(into, load_part(into) + error);
+                store(into, load_part(into) + error);
             });
         });
     }
@@ -269,9 +259,9 @@ inline Certificate truncate(const Problem& p, double* scratch) {
 
     transforms(p, kept, width, u, line, t_b, t_a);
     const int bits_b = 53 - significand_bits(p.b.dtype), bits_a = 53 - significand_bits(p.a.dtype);
-    for (int64_t i = 0; i < r * width; ++i) {
-        t_b[i] = round_to_bits(t_b[i], bits_b);
-        t_a[i] = round_to_bits(t_a[i], bits_a);
+    for (int64_t i = 0; i < r * width; i += PART) {
+        store(t_b + i, rounded_to_bits(load_part(t_b + i), bits_b));
+        store(t_a + i, rounded_to_bits(load_part(t_a + i), bits_a));
     }
     small_product({core.r_b, r, 1}, core.ranks[0], t_b, r, width, y);
     small_product({core.r_a, r, 1}, core.ranks[1], t_a, r, width, z);

@@ -203,18 +203,27 @@ using Vec = Widened<Part, PART_BYTES>::type;
 using Mask = Widened<Truth, PART_BYTES>::type;
 static_assert(sizeof(Vec) == LANES * sizeof(double), "a Vec is eight doubles");
 
-inline Vec splat(double x) {
-    Vec v;
+template <class V>
+inline V filled(double x) {
+    V v;
     fill(v, x);
     return v;
 }
-inline Vec load(const double* p) {
-    Vec v;
+template <class V>
+inline V loaded(const double* p) {
+    V v;
     read(v, p);
     return v;
 }
-inline void store(double* p, Vec v) {
+template <class V>
+inline void store(double* p, V v) {
     write(v, p);
+}
+inline Vec splat(double x) {
+    return filled<Vec>(x);
+}
+inline Vec load(const double* p) {
+    return loaded<Vec>(p);
 }
 
 struct Flags {
@@ -245,17 +254,10 @@ inline double sum(Vec v) {
 constexpr int64_t PART = PART_BYTES / 8;  // doubles of a register
 
 inline Part part(double x) {
-    Part out;
-    fill(out, x);
-    return out;
+    return filled<Part>(x);
 }
 inline Part load_part(const double* p) {
-    Part out;
-    read(out, p);
-    return out;
-}
-inline void store_part(double* p, Part x) {
-    write(x, p);
+    return loaded<Part>(p);
 }
 
 // rows [PART, PART] ← its transpose, by exchanging blocks of 1, 2, 4 off the diagonal.
