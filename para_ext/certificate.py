@@ -17,12 +17,13 @@ import math
 import torch
 from torch import Tensor
 
-UNIT_ROUNDOFF = 2.0**-53
+from .arrays import UNIT_ROUNDOFF, Array, as_tensor
+
 SAFETY = 30  # the customary threshold of LAPACK's own tests; the worst of ours stays below 3
 
 
 @torch.no_grad()
-def difference(B: Tensor, A: Tensor, scale: float, B2: Tensor, A2: Tensor) -> float:
+def difference(B: Array, A: Array, scale: float, B2: Array, A2: Array) -> float:
     """An upper bound of ``‖scale·BA − B2·A2‖_F``, at most ``60·(r+k)·u·Σ_j ‖x_j‖‖y_j‖`` (u = 2⁻⁵³) above it.
 
     Exactly 0.0 where the columns of the two pairs agree one by one and ``scale`` is ± a power of two: for identical
@@ -34,6 +35,7 @@ def difference(B: Tensor, A: Tensor, scale: float, B2: Tensor, A2: Tensor) -> fl
         scale: any finite number.
         B2: [m, k] and A2: [k, n], any dtype and strides; k may be 0.
     """
+    B, A, B2, A2 = as_tensor(B), as_tensor(A), as_tensor(B2), as_tensor(A2)
     if not all(bool(t.isfinite().all()) for t in (B, A, B2, A2)):
         return math.inf
     X, Y, exponent = joined((B, A, scale), (B2, A2, -1.0))
@@ -46,7 +48,7 @@ def difference(B: Tensor, A: Tensor, scale: float, B2: Tensor, A2: Tensor) -> fl
 
 
 @torch.no_grad()
-def norm(B: Tensor, A: Tensor, scale: float) -> float:
+def norm(B: Array, A: Array, scale: float) -> float:
     """``‖scale·BA‖_F`` to within ``30·r·u·|scale|·Σ_j ‖b_j‖‖a_j‖`` (u = 2⁻⁵³).
 
     Args:
@@ -55,7 +57,7 @@ def norm(B: Tensor, A: Tensor, scale: float) -> float:
     """
     if not B.shape[1]:
         return 0.0
-    X, Y, exponent = joined((B, A, scale))
+    X, Y, exponent = joined((as_tensor(B), as_tensor(A), scale))
     return _ldexp(float(torch.linalg.matrix_norm(triangle(X) @ triangle(Y).mT)), exponent)
 
 

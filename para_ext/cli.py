@@ -1,4 +1,4 @@
-"""The command line. Help and usage errors need neither torch nor a tensor: commands import what they use."""
+"""The command line. Help and usage errors need neither numpy nor a tensor: commands import what they use."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from . import __version__
 from .errors import ParaError
 from .whole_file import write_text
-
-if TYPE_CHECKING:
-    import torch
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -28,10 +25,7 @@ _THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads t
 _BACKEND = click.option(
     "--backend", type=click.Choice(["cpu", "torch"]), help="Native core or plain PyTorch; the native one by default."
 )
-_DTYPES = {
-    "same": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
-    "float32": "float32", "float16": "float16", "bfloat16": "bfloat16",
-}  # fmt: skip
+_DTYPES = ["same", "fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
 
 
 def _budget_options(command: Command) -> Command:
@@ -94,7 +88,7 @@ def inspect(adapter: Path, plot: Path | None, backend: str | None, threads: int 
     from . import inspection
 
     with _progress(as_json) as say:
-        say("importing PyTorch")
+        say("starting")
         from .compress import decompose
 
         say("decomposing")
@@ -117,7 +111,7 @@ def inspect(adapter: Path, plot: Path | None, backend: str | None, threads: int 
 @click.argument("out", type=click.Path(path_type=Path))
 @_budget_options
 @click.option("--target", type=click.Choice(["peft"]), default="peft", help="The layout to write.  [peft]")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="same", help="Of the new factors.  [same]")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [same]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to work.  [auto]")
 @click.option("--dry-run", is_flag=True, help="Plan and report; write no adapter.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report as JSON.")
@@ -144,7 +138,7 @@ def compress(
         _check_report(report, adapter, out, overwrite=options["overwrite"])
     keeps: Any = list(keep) if len(keep) > 1 else keep[0] if keep else None
     with _progress(as_json) as say:
-        say("importing PyTorch")
+        say("starting")
         from .compress import compress_adapter
 
         result = compress_adapter(
@@ -152,7 +146,7 @@ def compress(
             out,
             keep=keeps,
             allowed_ranks=_ranks(allowed_ranks),
-            dtype=_torch_dtype(dtype),
+            dtype=None if dtype == "same" else dtype,
             progress=say,
             **options,
         )
@@ -270,13 +264,6 @@ def _ranks(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ParaError(f"--allowed-ranks '{text}' is not a list of whole numbers; write it like 4,8,16") from None
-
-
-def _torch_dtype(name: str) -> torch.dtype | None:
-    import torch
-
-    attribute = _DTYPES[name]
-    return None if attribute is None else getattr(torch, attribute)
 
 
 @contextmanager

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, TypeGuard, Union, overload
 
 from . import __version__
+from .arrays import as_tensor, checked_dtype
 from .backends import Truncated
 from .decomposition import Decomposition, checked_threads
 from .errors import ParaError
 from .factors import LoraFactors
 from .formats import PeftAdapter, read_adapter
-from .models import read_model
 from .plan import Plan
 from .report import GOOD_ENERGY, LOW_ENERGY, Report, megabytes, module_reports, undecided_components
 from .spectra import Spectra
 from .verification import Verification, compare
 
-Source = str | Path | nn.Module | Iterable[LoraFactors]
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Source = Union[str, Path, "nn.Module", Iterable[LoraFactors]]
 Progress = Callable[[str], None]
 
 # The text that the safetensors header gets takes this many bytes there, so that `size` budgets can count it beforehand.
@@ -50,11 +52,17 @@ def decompose(
         device: where to work on an adapter folder: "auto", "cpu" or "cuda".
         threads: how many to use; ``torch.get_num_threads()`` if None. Results don't depend on it.
 
+    Returns:
+        A Decomposition. Its ``factors`` are, of a folder, numpy arrays over the mapped file (bfloat16 by ml_dtypes);
+        what its ``truncate`` gives are torch tensors.
+
     Raises:
         ParaError: the source is refused, naming what and why.
     """
     layout = None
-    if isinstance(source, nn.Module):
+    if _is_model(source):
+        from .models import read_model
+
         factors: Iterable[LoraFactors] = read_model(source, adapter_name).factors
     elif isinstance(source, str | Path):
         adapter = read_adapter(Path(source))
@@ -72,7 +80,7 @@ def compress_model(
     model: nn.Module,
     *,
     adapter_name: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     backend: str | None = None,
     threads: int | None = None,
     **budget: Any,
@@ -84,7 +92,7 @@ def compress_model(
     Args:
         model: a PeftModel, or any module with LoRA layers (loralib style too).
         adapter_name: which adapter; the active one if None.
-        dtype: of the new factors; each module's own if None.
+        dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
         backend, threads: as for :func:`decompose`.
         **budget: at most one of ``energy=0.95`` (the default), ``keep=0.25``, ``params=10**6``, ``total_rank=500``,
             ``threshold=0.1``, ``rank=8``; with ``score="auto"|"sigma"|"density"`` and shaping by ``min_rank``,
@@ -95,10 +103,12 @@ def compress_model(
         ParaError: the model or the budget is refused, naming what and why.
     """
     start = time.perf_counter()
-    if not isinstance(model, nn.Module):
+    if not _is_model(model):
         raise ParaError(
             f"compress_model takes a live model, not a {type(model).__name__}; for a folder use compress_adapter"
         )
+    from .models import read_model
+
     live = read_model(model, adapter_name)
     decomposition = Decomposition(live.factors, backend, threads)
     plan = decomposition.spectra.plan(**budget)
@@ -120,7 +130,7 @@ def compress_adapter(
     out: str | Path,
     *,
     target: str = "peft",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     backend: str | None = None,
@@ -137,7 +147,7 @@ def compress_adapter(
         out: the folder to make; it is there whole or not at all. With several ``keep`` values, the folder for one
             folder each: ``out/keep-0.25`` and so on.
         target: the layout to write; "peft" has all scaling folded in (``lora_alpha == r``).
-        dtype: of the new factors; each module's own if None.
+        dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
         overwrite: replace an adapter that is at ``out``.
         dry_run: plan and report, write nothing; errors in the report are then the predicted ones.
         backend, device, threads: as for :func:`decompose`.
@@ -154,7 +164,7 @@ def compress_adapter(
     """
     start = time.perf_counter()
     say = progress or (lambda _: None)
-    source, out = Path(source), Path(out)
+    source, out, code = Path(source), Path(out), checked_dtype(dtype)
     if target != "peft":
         raise ParaError(f"target '{target}' is unknown; use peft")
     several = isinstance(keep, list)
@@ -168,7 +178,7 @@ def compress_adapter(
         digest = hasher.submit(_sha256, adapter.weights)
         say(f"decomposing {len(adapter.factors)} modules")
         decomposition = Decomposition(_moved(adapter.factors, device), backend, threads)
-        layout = adapter.layout(dtype, " " * _HEADER_TEXT)
+        layout = adapter.layout(code, " " * _HEADER_TEXT)
         spectra = Spectra(decomposition.spectra.modules, layout)
         plans = [spectra.plan(**(budget if k is None else {**budget, "keep": k})) for k in keeps]
         outs = [out / f"keep-{plan.value:g}" if several else out for plan in plans]
@@ -184,11 +194,11 @@ def compress_adapter(
                 reports.append(_with_sizes(report, adapter, layout.bytes(plan.ranks)))
                 continue
             say("truncating" if not several else f"truncating to {plan.value:g}")
-            new = decomposition.truncate_certified(plan, dtype)
+            new = decomposition.truncate_certified(plan, code)
             report = _report(decomposition, plan, new, source=str(source), start=start)
             report = replace(_with_sizes(report, adapter, layout.bytes(plan.ranks)), output=str(folder))
             say(f"writing {folder}")
-            reports.append(_write(adapter, decomposition, new, folder, report, digest, dtype, overwrite))
+            reports.append(_write(adapter, decomposition, new, folder, report, digest, code, overwrite))
     return reports if several else reports[0]
 
 
@@ -211,14 +221,20 @@ def verify(
     return compare(pair[0], pair[1], checked_threads(threads))
 
 
+def _is_model(source: object) -> TypeGuard[nn.Module]:
+    return "torch" in sys.modules and isinstance(source, sys.modules["torch"].nn.Module)
+
+
 def _moved(factors: Iterable[LoraFactors], device: str) -> Iterable[LoraFactors]:
     if device in ("auto", "cpu"):
         return factors
     if device != "cuda":
         raise ParaError(f"device '{device}' is unknown; use auto, cpu or cuda")
+    import torch
+
     if not torch.cuda.is_available():
         raise ParaError("no CUDA device is available to PyTorch; use --device cpu")
-    return [replace(f, B=f.B.to(device), A=f.A.to(device)) for f in factors]
+    return [replace(f, B=as_tensor(f.B).to(device), A=as_tensor(f.A).to(device)) for f in factors]
 
 
 def _report(
@@ -273,7 +289,7 @@ def _better(spectra: Spectra, plan: Plan) -> str:
 
 
 def _with_sizes(report: Report, adapter: PeftAdapter, size: int) -> Report:
-    foreign = sum(t.numel() * t.element_size() for t in adapter.foreign.values())
+    foreign = sum(t.nbytes for t in adapter.foreign.values())
     notes = report.notes
     if foreign > size / 2:
         notes += (f"{megabytes(foreign)} of the file are not LoRA factors (heads and the like) and stay as they are.",)
@@ -287,7 +303,7 @@ def _write(
     folder: Path,
     report: Report,
     digest: Future[str],
-    dtype: torch.dtype | None,
+    code: str | None,
     overwrite: bool,
 ) -> Report:
     header = {
@@ -303,10 +319,8 @@ def _write(
     text = json.dumps(header)
     text = text.ljust(_HEADER_TEXT - text.count('"'))  # the header escapes quotes
     sidecar = {"source_sha256": digest.result(), **report.to_dict()}
-    factors = [
-        replace(f, B=f.B.cpu(), A=f.A.cpu()) if f.B.device.type != "cpu" else f for f in decomposition.named(new)
-    ]
-    written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, dtype=dtype, overwrite=overwrite)
+    factors = decomposition.named(new)
+    written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, code=code, overwrite=overwrite)
     notes = report.notes
     if written.left_out:
         notes += (f"Not copied: {', '.join(written.left_out)}.",)

@@ -8,18 +8,21 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
+from .arrays import NUMPY, Array, as_tensor, checked_dtype, code_of, default_threads, dtype_name, torch_dtype
 from .backends import Backend, Truncated
-from .certificate import difference
 from .errors import ParaError, shown
-from .factors import DTYPES, LoraFactors, check_factors, dtype_name, written_dtype
+from .factors import LoraFactors, as_tensors, check_factors, written_code
 from .layout import LARGEST
 from .plan import Plan
 from .pool import map_single_threaded
 from .spectra import ModuleSpectrum, Spectra
+
+if TYPE_CHECKING:
+    import torch
 
 BACKENDS = ("cpu", "torch")
 
@@ -60,15 +63,17 @@ class Decomposition:
         """Names of the backends at work."""
         return tuple(stages.NAME for stages, _, _ in self._parts)
 
-    def truncate(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | None = None) -> list[LoraFactors]:
-        """New factors at the plan's ranks, scale 1; see :meth:`truncate_certified`."""
-        return self.named(self.truncate_certified(plan, dtype))
+    def truncate(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | str | None = None) -> list[LoraFactors]:
+        """New factors at the plan's ranks, scale 1, as torch tensors; see :meth:`truncate_certified`."""
+        return [as_tensors(f) for f in self.named(self.truncate_certified(plan, dtype))]
 
     def named(self, new: Iterable[Truncated]) -> list[LoraFactors]:
         """What :meth:`truncate_certified` gave, as factors of the same modules at scale 1."""
         return [LoraFactors(f.name, t.B, t.A, 1.0, f.group, f.min_rank) for f, t in zip(self.factors, new, strict=True)]
 
-    def truncate_certified(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | None = None) -> list[Truncated]:
+    def truncate_certified(
+        self, plan: Plan | Mapping[str, int], dtype: torch.dtype | str | None = None
+    ) -> list[Truncated]:
         """The best approximation of every ΔW at the plan's rank, with its error bound, in the order of ``factors``.
 
         A module whose rank does not change keeps A bit for bit, and B becomes scale·B rounded once. Others are
@@ -82,24 +87,26 @@ class Decomposition:
             ParaError: naming the module, if a value overflows ``dtype`` or too much of it is lost to subnormals.
         """
         ranks = self._ranks(plan.ranks if isinstance(plan, Plan) else plan)
-        if dtype is not None and dtype not in DTYPES:
-            raise ParaError(f"dtype {dtype_name(dtype)} is not one of float32, float16, bfloat16 and float64")
-        if dtype == torch.float64 and "cpu" in self.backends:
+        code = checked_dtype(dtype)
+        if code == "F64" and "cpu" in self.backends:
             raise ParaError("the native core does not write float64; decompose with backend='torch' for that")
         results: list[Truncated | None] = [None] * len(self.factors)
         unchanged = [i for i, f in enumerate(self.factors) if ranks[i] == f.rank]
+        for i in unchanged:
+            results[i] = _fold_exactly(self.factors[i], code)
+        inexact = [i for i in unchanged if results[i] is None]
 
         def copy(i: int) -> Truncated:
-            return _fold_scale(self.factors[i], dtype)
+            return _fold_scale(self.factors[i], code)
 
-        for i, copied in zip(unchanged, map_single_threaded(copy, unchanged, self.threads), strict=True):
+        for i, copied in zip(inexact, map_single_threaded(copy, inexact, self.threads), strict=True):
             results[i] = copied
         for stages, members, cores in self._parts:
             # Unchanged modules go through as rank 0: the stage indexes its cores by position.
             part_ranks = [0 if results[i] is not None else ranks[i] for i in members]
             part = [self.factors[i] for i in members]
-            dtypes = [written_dtype(f.A, f.B, dtype) for f in part]
-            for i, new in zip(members, stages.truncate(part, cores, part_ranks, dtypes, self.threads), strict=True):
+            codes = [written_code(f.A, f.B, code) for f in part]
+            for i, new in zip(members, stages.truncate(part, cores, part_ranks, codes, self.threads), strict=True):
                 if results[i] is None:
                     results[i] = new
         new_factors = [result for result in results if result is not None]
@@ -120,16 +127,16 @@ class Decomposition:
     def _check_rounding(self, i: int, new: Truncated, copied: bool) -> None:
         # Balanced factors have the norm √Σσ; to read them again would take as long as to truncate.
         balanced = math.sqrt(math.fsum(self.spectra.modules[i].sigma[: new.A.shape[0]]))
-        for which, rounding, tensor in (("B", new.rounding_B, new.B), ("A", new.rounding_A, new.A)):
+        for which, rounding, factor in (("B", new.rounding_B, new.B), ("A", new.rounding_A, new.A)):
             if rounding == 0:
                 continue
-            name = dtype_name(tensor.dtype)
+            name = dtype_name(code_of(factor))
             if not math.isfinite(rounding):
                 raise ParaError(
                     f"module '{self.factors[i].name}': a value of the new {which} exceeds the range of {name}; "
                     "write with a wider --dtype such as bf16 or fp32"
                 )
-            norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item() if copied else balanced
+            norm = _norm(factor) if copied else balanced
             if rounding * rounding > 0.01 * norm * norm:
                 raise ParaError(
                     f"module '{self.factors[i].name}': over 1 % of the new {which}'s squared norm would be lost to "
@@ -153,7 +160,7 @@ def _assign(factors: Sequence[LoraFactors], wanted: str | None) -> list[tuple[Ba
 def checked_threads(threads: int | None) -> int:
     """How many threads to use: as asked, or PyTorch's setting."""
     if threads is None:
-        return torch.get_num_threads()
+        return default_threads()
     if type(threads) is not int or threads < 1:
         raise ParaError(f"threads={shown(threads)} is out of range; give a whole number of at least 1")
     return threads
@@ -187,19 +194,45 @@ def _warn_without_native() -> None:
     )
 
 
-def _fold_scale(f: LoraFactors, dtype: torch.dtype | None) -> Truncated:
+def _fold_exactly(f: LoraFactors, code: str | None) -> Truncated | None:
+    """A as it is and scale·B, of numpy arrays where nothing is rounded; otherwise None."""
+    if not (isinstance(f.A, np.ndarray) and isinstance(f.B, np.ndarray)):
+        return None
+    if abs(math.frexp(f.scale)[0]) != 0.5:
+        return None
+    dtype = NUMPY[written_code(f.A, f.B, code)]
+    with np.errstate(all="ignore"):
+        scaled = f.B.astype(np.float64) * f.scale
+        B, A = scaled.astype(dtype, order="C"), f.A.astype(dtype, order="C")
+    exact = np.array_equal(B.astype(np.float64), scaled) and np.array_equal(A, f.A)
+    return Truncated(B, A, 0.0, 0.0, 0.0) if exact else None
+
+
+def _fold_scale(f: LoraFactors, code: str | None) -> Truncated:
     """A as it is and scale·B: the rank does not change, so nothing is gained by touching more bits than that."""
-    scaled = f.B.to(torch.float64) * f.scale
-    new_dtype = written_dtype(f.A, f.B, dtype)
-    B = scaled.to(new_dtype).contiguous()
-    A = f.A.to(new_dtype, copy=True).contiguous()
+    import torch
+
+    from .certificate import difference
+
+    dtype = torch_dtype(written_code(f.A, f.B, code))
+    old_B, old_A = as_tensor(f.B), as_tensor(f.A)
+    scaled = old_B.to(torch.float64) * f.scale
+    B = scaled.to(dtype).contiguous()
+    A = old_A.to(dtype, copy=True).contiguous()
     rounding_B = torch.linalg.vector_norm(B.to(torch.float64) - scaled).item()
-    rounding_A = torch.linalg.vector_norm(A.to(torch.float64) - f.A.to(torch.float64)).item()
+    rounding_A = torch.linalg.vector_norm(A.to(torch.float64) - old_A.to(torch.float64)).item()
     power_of_two = abs(math.frexp(f.scale)[0]) == 0.5
     if rounding_A == rounding_B == 0 and power_of_two:
         error = 0.0
     elif math.isfinite(rounding_A) and math.isfinite(rounding_B):
-        error = difference(f.B, f.A, f.scale, B, A)
+        error = difference(old_B, old_A, f.scale, B, A)
     else:
         error = math.inf
     return Truncated(B, A, error, *(x if math.isfinite(x) else math.inf for x in (rounding_B, rounding_A)))
+
+
+def _norm(x: Array) -> float:
+    """‖x‖_F in fp64."""
+    import torch
+
+    return float(torch.linalg.vector_norm(as_tensor(x), dtype=torch.float64))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from .arrays import FACTOR_CODES, NUMPY, Array, as_tensor, code_of, device_of, dtype_name, holds_data
 from .errors import ParaError, shown
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,16 +21,16 @@ class LoraFactors:
 
     Args:
         name: the module's name, unique within an adapter.
-        B: [m, r], any strides; float32, float16, bfloat16 or float64.
-        A: [r, n], any strides; dtype may differ from B's; on B's device.
+        B: [m, r], a torch tensor with any strides, or a numpy array; float32, float16, bfloat16 or float64.
+        A: [r, n], likewise; dtype may differ from B's; on B's device.
         scale: alpha/r, or alpha/√r with rsLoRA; any finite number.
         group: modules of one group share one rank (experts of one MoE parameter, groups of a grouped conv).
         min_rank: a rank below which this module must not go (1 where leaving it out would not mean ΔW = 0: DoRA).
     """
 
     name: str
-    B: Tensor
-    A: Tensor
+    B: Array
+    A: Array
     scale: float = 1.0
     group: str | None = None
     min_rank: int = 0
@@ -73,7 +73,7 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
         if 0 in f.B.shape or 0 in f.A.shape:
             raise ParaError(f"module '{f.name}': B is {_shape(f.B)} and A is {_shape(f.A)}; no dimension may be 0")
         for which, t in (("B", f.B), ("A", f.A)):
-            if t.dtype not in DTYPES:
+            if code_of(t) not in FACTOR_CODES:
                 raise ParaError(
                     f"module '{f.name}': {which} has dtype {dtype_name(t.dtype)}; convert it to float32, float16, "
                     "bfloat16 or float64 first"
@@ -82,8 +82,14 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
                 raise ParaError(
                     f"module '{f.name}': {which} holds no dense data (meta, sparse or freed): load the weights first"
                 )
-        if f.A.device != f.B.device:
-            raise ParaError(f"module '{f.name}': A is on {f.A.device}, B on {f.B.device}; move both to one device")
+            if isinstance(t, np.ndarray) and not (t.flags.aligned and all(s >= 0 for s in t.strides)):
+                raise ParaError(
+                    f"module '{f.name}': {which} is a numpy array with unaligned or backward elements; give a copy"
+                )
+        if device_of(f.A) != device_of(f.B):
+            raise ParaError(
+                f"module '{f.name}': A is on {device_of(f.A)}, B on {device_of(f.B)}; move both to one device"
+            )
         if not isinstance(f.scale, Real) or not abs(f.scale) <= sys.float_info.max:
             raise ParaError(
                 f"module '{f.name}': its scale is {shown(f.scale)}; alpha and rank must give a finite number"
@@ -91,50 +97,43 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
     return checked
 
 
-def holds_data(t: Tensor) -> bool:
-    """Whether a tensor's elements lie in memory: not on meta, not sparse, not faked, and not freed (as FSDP does)."""
-    if t.is_meta or t.layout != torch.strided or t.is_nested or t.is_quantized:
-        return False
-    try:
-        storage = t.untyped_storage()
-        if storage.device.type == "meta":
-            return False
-        count = t.numel()
-        if not t.is_contiguous():
-            count = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.numel() == 0 or (t.data_ptr() != 0 and storage.nbytes() >= (t.storage_offset() + count) * t.itemsize)
-    except (RuntimeError, NotImplementedError):  # wrappers that have no storage of their own
-        return False
+def as_tensors(f: LoraFactors) -> LoraFactors:
+    """The same factors as torch tensors."""
+    return replace(f, B=as_tensor(f.B), A=as_tensor(f.A))
 
 
-def written_dtype(A: Tensor, B: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What a module's new factors are written in: ``dtype``, or its own, the wider one where A's and B's differ."""
-    return dtype if dtype is not None else torch.promote_types(A.dtype, B.dtype)
+def written_code(A: Array, B: Array, code: str | None) -> str:
+    """What a module's new factors are written in: ``code``, or its own, the wider one where A's and B's differ."""
+    if code is not None:
+        return code
+    of_A, of_B = code_of(A), code_of(B)
+    if of_A == of_B:
+        return str(of_A)
+    wider = {of_A, of_B}
+    return "F64" if "F64" in wider else "F32"  # float16 and bfloat16 hold each other only in float32
 
 
-def fold_bias(name: str, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def fold_bias(name: str, bias: NDArray[Any], scale: float, code: str) -> NDArray[Any]:
     """``scale · bias`` for a module's lora_B.bias [m], which PEFT scales as it does B·A.
 
     Raises:
-        ParaError: it holds a NaN or an infinity, or ``dtype`` cannot hold it.
+        ParaError: it holds a NaN or an infinity, or the type of this ``code`` cannot hold it.
     """
-    if not bias.isfinite().all():
+    exact = bias.astype(np.float64) * scale
+    if not np.isfinite(exact).all():
         raise ParaError(f"module '{name}': lora_B.bias holds a NaN or an infinity; repair or retrain the adapter")
-    folded = (bias.double() * scale).to(dtype)
-    if not folded.isfinite().all():
+    with np.errstate(over="ignore"):
+        folded = exact.astype(NUMPY[code])
+    if not np.isfinite(folded.astype(np.float64)).all():
         raise ParaError(
-            f"module '{name}': a value of lora_B.bias exceeds the range of {dtype_name(dtype)} with the scale folded "
+            f"module '{name}': a value of lora_B.bias exceeds the range of {dtype_name(code)} with the scale folded "
             "in; write with a wider --dtype such as bf16 or fp32"
         )
     return folded
 
 
-def _shape(t: Tensor) -> str:
+def _shape(t: Array) -> str:
     return f"[{', '.join(map(str, t.shape))}]"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def total_parameters(factors: Sequence[LoraFactors]) -> int:

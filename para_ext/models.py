@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arrays import as_numpy, as_tensor, code_of, holds_data
 from .errors import ParaError
-from .factors import LoraFactors, fold_bias, holds_data
+from .factors import LoraFactors, fold_bias
 from .formats.peft_config import unit_scale_config
 
 # Inits that leave the base weight alone; all others are repeated on the base when a saved adapter is loaded.
@@ -116,7 +117,7 @@ class _Site:
     def join(self, new: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
         """The inverse of `factors`: new tensors of the layer's own shapes, with storage of their own."""
         A, B = self.A.parameter, self.B.parameter
-        A_new, B_all = torch.cat([f.A for f in new]), [f.B for f in new]
+        A_new, B_all = torch.cat([as_tensor(f.A) for f in new]), [as_tensor(f.B) for f in new]
         B_new = torch.stack(B_all, dim=2).flatten(1) if self.interleaved else torch.cat(B_all)
         return A_new.reshape(-1, *A.shape[1:]).to(A.device), B_new.reshape(len(B), -1, *B.shape[2:]).to(B.device)
 
@@ -469,7 +470,7 @@ def _needs_a_pair(pairs: Sequence[_Pair], ranks: Sequence[int]) -> set[int]:
 
 
 def _zero(f: LoraFactors) -> LoraFactors:
-    return replace(f, B=f.B.new_zeros(f.m, 1), A=f.A.new_zeros(1, f.n))
+    return replace(f, B=as_tensor(f.B).new_zeros(f.m, 1), A=as_tensor(f.A).new_zeros(1, f.n))
 
 
 def _writes(pair: _Pair, new: Sequence[LoraFactors]) -> Iterator[tuple[_Slot, nn.Parameter, int]]:
@@ -488,7 +489,7 @@ def _writes(pair: _Pair, new: Sequence[LoraFactors]) -> Iterator[tuple[_Slot, nn
         bias = getattr(site.B.owner, "bias", None) if site.B.size else None
         if bias is not None:
             # The layer scales the bias of lora_B as well.
-            folded = fold_bias(site.name, bias.detach(), site.nominal, B.dtype)
+            folded = as_tensor(fold_bias(site.name, as_numpy(bias), site.nominal, str(code_of(B)))).to(B.device)
             scaled = nn.Parameter(folded, requires_grad=bias.requires_grad)
             yield _Slot(site.B.owner, "bias", site.B.size), scaled, size
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
 from .errors import ParaError
 
 T = TypeVar("T")
@@ -33,6 +31,8 @@ def map_single_threaded(function: Callable[[T], R], items: Iterable[T], threads:
     items = list(items)
     if not items:
         return []
+    import torch
+
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def work(item: T) -> R:
@@ -49,6 +49,8 @@ def _workers(threads: int, pid: int) -> ThreadPoolExecutor:
     All are born here, because torch.set_num_threads in any thread also sets what threads born later start with. Only
     another thread can put that back without touching the caller's own setting, which may differ from it.
     """
+    import torch
+
     workers = ThreadPoolExecutor(threads, thread_name_prefix="para_ext")
     all_born = threading.Barrier(threads)
     with _birth, ThreadPoolExecutor(1) as aside:
@@ -64,6 +66,8 @@ def _workers(threads: int, pid: int) -> ThreadPoolExecutor:
 
 
 def _be_single_threaded(all_born: threading.Barrier) -> None:
+    import torch
+
     torch.get_num_threads()  # a thread's first call of it would undo an earlier setting
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)  # otherwise inherited from the thread that called

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .arrays import UNIT_ROUNDOFF
 from .naming import module_type
 from .plan import Plan
 from .spectra import Spectra
@@ -218,7 +219,7 @@ def undecided_components(spectra: Spectra, plan: Plan, betas: Sequence[float]) -
 
 
 def _interval(sigma: float, rank: int, beta: float) -> tuple[float, float]:
-    noise = 30 * rank * 2.0**-53
+    noise = 30 * rank * UNIT_ROUNDOFF
     absolute = math.sqrt(noise) * beta
     width = min(noise * (sigma + beta * beta / sigma), absolute) if sigma > 0 else absolute
     return max(0.0, sigma - width), sigma + width

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .certificate import difference, norm
+from .arrays import as_tensor
 from .errors import ParaError
 from .factors import LoraFactors, total_parameters
 from .naming import module_type
@@ -92,6 +92,8 @@ def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threa
     Raises:
         ParaError: naming the module whose shape differs, or which holds a NaN or an infinity.
     """
+    from .certificate import difference, norm
+
     left, right = {f.name: f for f in original}, {f.name: f for f in other}
     if left and right and not left.keys() & right.keys():
         raise ParaError("the two adapters have no module in common; compare adapters of the same base model")
@@ -108,7 +110,7 @@ def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threa
         f = f or _nothing(known)
         g = g or _nothing(known)
         # The second scale is folded exactly: ‖sBA − tB'A'‖ = |t|·‖(s/t)BA − B'A'‖ only where t ≠ 0, so use fp64 B'.
-        B2 = g.B if g.scale == 1 else g.B.double() * g.scale
+        B2 = g.B if g.scale == 1 else as_tensor(g.B).double() * g.scale
         error = difference(f.B, f.A, f.scale, B2, g.A)
         if not math.isfinite(error):
             raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with a wider --dtype")

@@ -16,6 +16,7 @@ from torch import Tensor
 from para_ext.factors import LoraFactors
 
 FP32, FP16, BF16, FP64 = DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CODES = {FP32: "F32", FP16: "F16", BF16: "BF16", FP64: "F64"}
 
 Pair = tuple[Tensor, Tensor]
 Make = Callable[[torch.Generator], Pair]

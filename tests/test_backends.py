@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, CASES, FP16, FP32, FP64, Case, instances, powers_of_two
+from cases import BF16, CASES, CODES, FP16, FP32, FP64, Case, instances, powers_of_two
 from conftest import Record
 from oracles import U32, U64, Dense, dense, gram_bound, qr_bound
 
@@ -58,7 +58,7 @@ def truncated(
     backend: Any, factors: Sequence[LoraFactors], ranks: Sequence[int], dtypes: Sequence[torch.dtype], threads: int = 1
 ) -> list[Truncated]:
     cores, _ = spectra(backend, factors, threads)
-    results: list[Truncated] = backend.truncate(factors, cores, ranks, dtypes, threads)
+    results: list[Truncated] = backend.truncate(factors, cores, ranks, [CODES[d] for d in dtypes], threads)
     return results
 
 
@@ -75,7 +75,7 @@ def outcomes(
     """Spectrum and truncation to half the rank of each module by name."""
     cores, sigma = spectra(backend, factors, threads)
     ranks = [(f.rank + 1) // 2 for f in factors]
-    results = backend.truncate(factors, cores, ranks, [f.B.dtype for f in factors], threads)
+    results = backend.truncate(factors, cores, ranks, [CODES[f.B.dtype] for f in factors], threads)
     return {f.name: pair for f, pair in zip(factors, zip(sigma, results, strict=True), strict=True)}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import CODES
 
 import para_ext
 from para_ext import LoraFactors
@@ -40,7 +41,7 @@ def test_isa_levels_agree_bit_for_bit(isa: str, dtype: torch.dtype, monkeypatch:
         factors = [_factors(rank, dtype) for rank in RANKS]
         cores = cpu.cores(factors, 2)
         sigma = cpu.svd(cores, 2)
-        new = cpu.truncate(factors, cores, [(r + 2) // 3 for r in RANKS], [dtype] * len(RANKS), 2)
+        new = cpu.truncate(factors, cores, [(r + 2) // 3 for r in RANKS], [CODES[dtype]] * len(RANKS), 2)
         return sigma, [x for t in new for x in (t.B, t.A)]
 
     sigma, tensors = results()

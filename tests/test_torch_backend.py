@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import pytest
 import torch
-from cases import BF16, FP16, FP32, FP64, gaussian
+from cases import BF16, CODES, FP16, FP32, FP64, gaussian
 from oracles import U64
 
 import para_ext.backends.torch as backend
@@ -36,7 +36,7 @@ def in_new_thread(function: Callable[[], T]) -> T:
 def compressed(f: LoraFactors, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     cores = backend.cores([f], 1)
     backend.svd(cores, 1)
-    (t,) = backend.truncate([f], cores, [rank], [dtype], 1)
+    (t,) = backend.truncate([f], cores, [rank], [CODES[dtype]], 1)
     return t.B, t.A
 
 

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
+from ..arrays import Array
 from ..factors import LoraFactors
 
 
@@ -21,13 +19,14 @@ class Truncated:
     """One module after stage 3.
 
     Attributes:
-        B: [m, k] and A: [k, n], contiguous, of the asked dtype, with ΔW' = B @ A (scale folded in).
+        B: [m, k] and A: [k, n], contiguous, of the asked type, with ΔW' = B @ A (scale folded in); numpy
+            arrays where the module's factors are and the backend needs no PyTorch, otherwise tensors.
         error: an upper bound of ‖ΔW − ΔW'‖_F for the stored tensors, storage rounding included.
         rounding_B, rounding_A: ‖stored − unrounded‖_F of each; inf where a value overflowed the dtype.
     """
 
-    B: Tensor
-    A: Tensor
+    B: Array
+    A: Array
     error: float
     rounding_B: float
     rounding_A: float
@@ -58,10 +57,10 @@ class Backend(Protocol):
         factors: Sequence[LoraFactors],
         cores: Any,
         ranks: Sequence[int],
-        dtypes: Sequence[torch.dtype],
+        codes: Sequence[str],
         threads: int,
     ) -> list[Truncated]:
         """Stage 3: B' = B·T_B [m, k], A' = T_A·A [k, n], the best rank-k approximation of each ΔW.
 
-        ``0 ≤ ranks[i]``; a rank above min(r, m, n) is filled with zero columns and rows.
+        ``0 ≤ ranks[i]``; a rank above min(r, m, n) is filled with zero columns and rows. ``codes``: the types to write.
         """

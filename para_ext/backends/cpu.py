@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .. import _cpu
-from ..certificate import UNIT_ROUNDOFF, difference
+from ..arrays import NUMPY, UNIT_ROUNDOFF, Array, as_tensor, code_of, is_tensor
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..pool import map_single_threaded
@@ -32,7 +30,7 @@ LARGEST_NATIVE_RANK = 96
 ISA = os.environ.get("PARA_EXT_ISA", "")
 """ISA level to use, one of `_cpu.isa_levels()`; empty for the best."""
 
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_TYPES = {"F32": 0, "F16": 1, "BF16": 2}  # csrc/problem.h, DType
 _SLOT = 64  # bytes; every output starts on a cache line
 
 # Columns of the table from here on are stage 3's (csrc/problem.h).
@@ -73,11 +71,23 @@ class Cores:
 
 def supports(factors: LoraFactors) -> bool:
     """Whether this backend takes the module: data on the CPU, of at most 32 bits."""
-    pair = (factors.A, factors.B)
-    # A tensor with the negative bit set holds the opposite of what lies in its memory. The core of a rank far above
-    # min(m, n) would be all zeros, but of its full size here.
-    plain = all(t.device.type == "cpu" and t.dtype in _DTYPE_CODES and not t.is_neg() for t in pair)
-    return plain and factors.rank <= max(LARGEST_NATIVE_RANK, min(factors.m, factors.n))
+    # The core of a rank far above min(m, n) would be all zeros, but of its full size here.
+    small = factors.rank <= max(LARGEST_NATIVE_RANK, min(factors.m, factors.n))
+    return small and all(code_of(x) in _TYPES and _plain(x) for x in (factors.A, factors.B))
+
+
+def _plain(x: Array) -> bool:
+    """Whether the elements lie in the CPU's memory as they are; a tensor may stand for the opposite of them."""
+    return isinstance(x, np.ndarray) or (x.device.type == "cpu" and not x.is_neg())
+
+
+def _place(x: Array) -> tuple[int, int, int, int]:
+    """Address, strides in elements, type."""
+    if isinstance(x, np.ndarray):
+        row, column = x.strides
+        return x.ctypes.data, row // x.itemsize, column // x.itemsize, _TYPES[str(code_of(x))]
+    row, column = x.stride()
+    return x.data_ptr(), row, column, _TYPES[str(code_of(x))]
 
 
 def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
@@ -92,11 +102,11 @@ def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
     rows: list[tuple[int, ...]] = []
     for f, count in zip(factors, words, strict=True):
         offsets.append(base)
-        A, B = f.A, f.B
+        (m, r), n = f.B.shape, f.A.shape[1]
+        B, B_rows, B_columns, B_type = _place(f.B)
+        A, A_rows, A_columns, A_type = _place(f.A)
         rows.append((
-            B.data_ptr(), B.shape[0], *B.stride(), _DTYPE_CODES[B.dtype],
-            A.data_ptr(), A.shape[1], *A.stride(), _DTYPE_CODES[A.dtype],
-            A.shape[0], address + 8 * base, 0, 0, 0, 0,
+            B, m, B_rows, B_columns, B_type, A, n, A_rows, A_columns, A_type, r, address + 8 * base, 0, 0, 0, 0
         ))  # fmt: skip
         base += count
     table = np.array(rows, dtype=np.int64).reshape(len(rows), _cpu.COLUMNS)
@@ -128,6 +138,8 @@ def svd(cores: Cores, threads: int) -> list[list[float]]:
     large = [i for i, done in enumerate(sweeps.tolist()) if done < 0]
 
     def decompose(i: int) -> None:
+        import torch
+
         # V from MᵀM, at two thirds of the cost of an SVD: its error u‖M‖²/σ is within what the Gram matrices left.
         M = torch.from_numpy(cores.block(i, 2))
         exponent = math.frexp(float(M.abs().max()))[1]
@@ -137,32 +149,33 @@ def svd(cores: Cores, threads: int) -> list[list[float]]:
         cores.block(i, 3)[:] = (US[:, order] / S.where(S > 0, 1.0)).numpy()
         cores.sigma(i)[:] = S.numpy() * math.ldexp(1.0, exponent // 2) * math.ldexp(1.0, exponent - exponent // 2)
 
-    map_single_threaded(decompose, large, threads)
+    if large:
+        map_single_threaded(decompose, large, threads)
     return [cores.sigma(i)[: min(f.rank, f.m, f.n)].tolist() for i, f in enumerate(factors)]
 
 
 def truncate(
-    factors: Sequence[LoraFactors], cores: Cores, ranks: Sequence[int], dtypes: Sequence[torch.dtype], threads: int
+    factors: Sequence[LoraFactors], cores: Cores, ranks: Sequence[int], codes: Sequence[str], threads: int
 ) -> list[Truncated]:
     """See `Backend.truncate`."""
     sizes = [
-        (k * f.m * dtype.itemsize, k * f.n * dtype.itemsize) for f, k, dtype in zip(factors, ranks, dtypes, strict=True)
+        (k * f.m * NUMPY[code].itemsize, k * f.n * NUMPY[code].itemsize)
+        for f, k, code in zip(factors, ranks, codes, strict=True)
     ]
-    arena = _cpu.Arena(sum(-(-size // _SLOT) * _SLOT for pair in sizes for size in pair), threads)
+    arena = np.asarray(_cpu.Arena(sum(-(-size // _SLOT) * _SLOT for pair in sizes for size in pair), threads))
+    address = arena.ctypes.data
     table = cores.table.copy()
-    outputs: list[tuple[Tensor, Tensor]] = []
+    outputs: list[tuple[Array, Array]] = []
     columns: list[tuple[int, ...]] = []
     offset = 0
-    for i, (f, k, dtype) in enumerate(zip(factors, ranks, dtypes, strict=True)):
-        pair: list[Tensor] = []
-        for shape, size in (((f.m, k), sizes[i][0]), ((k, f.n), sizes[i][1])):
-            if size:
-                pair.append(torch.frombuffer(arena, dtype=dtype, count=shape[0] * shape[1], offset=offset).view(shape))
-            else:
-                pair.append(torch.empty(shape, dtype=dtype, device="cpu"))
-            offset += -(-size // _SLOT) * _SLOT
-        columns.append((k, pair[0].data_ptr(), pair[1].data_ptr(), _DTYPE_CODES[dtype]))
-        outputs.append((pair[0], pair[1]))
+    for f, k, code, (size_B, size_A) in zip(factors, ranks, codes, sizes, strict=True):
+        dtype = NUMPY[code]
+        start, offset = offset, offset + -(-size_B // _SLOT) * _SLOT
+        columns.append((k, address + start, address + offset, _TYPES[code]))
+        B: Array = arena[start : start + size_B].view(dtype).reshape(f.m, k)
+        A: Array = arena[offset : offset + size_A].view(dtype).reshape(k, f.n)
+        offset += -(-size_A // _SLOT) * _SLOT
+        outputs.append((as_tensor(B), as_tensor(A)) if is_tensor(f.B) else (B, A))
     table[:, _NEW_RANK:] = np.array(columns, dtype=np.int64).reshape(len(columns), 4)
     certificates = _cpu.truncate(table, cores.scales, threads, ISA)
 
@@ -183,6 +196,8 @@ def truncate(
             remeasure.append(i)
 
     def measure(i: int) -> float:
+        from ..certificate import difference
+
         f = factors[i]
         B, A = outputs[i]
         return difference(f.B, f.A, f.scale, B, A)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..arrays import as_tensor, torch_dtype
 from ..certificate import blocked, difference, joined, triangle
 from ..errors import ParaError
 from ..factors import LoraFactors
@@ -63,19 +64,21 @@ def betas(cores: Cores) -> list[float]:
 
 
 def truncate(
-    factors: Sequence[LoraFactors], cores: Cores, ranks: Sequence[int], dtypes: Sequence[torch.dtype], threads: int
+    factors: Sequence[LoraFactors], cores: Cores, ranks: Sequence[int], codes: Sequence[str], threads: int
 ) -> list[Truncated]:
     """Stage 3: B' [m, k] and A' [k, n], the best rank-k approximation of each, rounded once from fp64."""
+    dtypes = map(torch_dtype, codes)
     modules = zip(factors, cores.modules, cores.triplets, ranks, dtypes, strict=True)
     return map_single_threaded(_truncate, modules, threads)
 
 
 def _core(f: LoraFactors) -> Core:
-    for which, t in (("B", f.B), ("A", f.A)):
+    B, A = as_tensor(f.B), as_tensor(f.A)
+    for which, t in (("B", B), ("A", A)):
         if not t.isfinite().all():
             raise ParaError(f"module '{f.name}': {which} holds NaN or infinite values; repair or leave out this module")
-    X, Y, exponent = joined((f.B, f.A, f.scale))
-    beta = abs(f.scale) * (_norm(f.B) * _norm(f.A))
+    X, Y, exponent = joined((B, A, f.scale))
+    beta = abs(f.scale) * (_norm(B) * _norm(A))
     return Core(f.name, (triangle(X) @ triangle(Y).mT).cpu(), exponent, beta)
 
 
@@ -97,7 +100,7 @@ def _truncate(
     module: tuple[LoraFactors, Core, tuple[Tensor, Tensor, Tensor], int, torch.dtype],
 ) -> Truncated:
     f, core, triplet, rank, dtype = module
-    X, Y, _ = joined((f.B, f.A, f.scale))
+    X, Y, _ = joined((as_tensor(f.B), as_tensor(f.A), f.scale))
     U, S, V = (t[..., :rank].to(X.device) for t in triplet)
     half, odd = divmod(core.exponent, 2)
     root = (S * 2.0**odd).sqrt()

@@ -12,10 +12,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
 from ..errors import ParaError
 
@@ -101,14 +102,14 @@ def copy_along(source: Path, target: Path) -> list[str]:
     return left_out
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write contiguous tensors that share no memory; the same input gives the same bytes.
+def write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write contiguous arrays; the same input gives the same bytes.
 
     Raises:
         OSError: the file could not be written.
     """
     try:
-        save_file(dict(tensors), path, dict(metadata))
+        save_file(dict(arrays), path, dict(metadata))
     except SafetensorError as e:
         # The library reports the system's error only in its text: "... (os error 28)".
         code = re.search(r"\(os error (\d+)\)", str(e))

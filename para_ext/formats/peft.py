@@ -1,6 +1,7 @@
 """PEFT adapter folders: adapter_config.json with adapter_model.safetensors (or .bin), read without importing PEFT.
 
-Tensors are memory-mapped and the factors are 2-D views of them. A :class:`Slot` knows how one adapted module is stored:
+Tensors are memory-mapped numpy arrays, so that nothing but pickles needs PyTorch; the factors are 2-D views of them. A
+:class:`Slot` knows how one adapted module is stored:
 
     Linear       A [r, in]        B [out, r]            one member
     Embedding    A [r, vocab]     B [dim, r]            one member, keys ``lora_embedding_A`` and ``_B``
@@ -25,18 +26,22 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import layout
+from ..arrays import NUMPY, Array, as_numpy, code_of, dtype_name, holds_data
 from ..errors import ParaError
-from ..factors import LoraFactors, fold_bias, holds_data, written_dtype
+from ..factors import LoraFactors, fold_bias, written_code
 from ..naming import natural_key
+from .mapped import SafetensorError, read_safetensors
 from .output import CONFIG, PICKLED, SIDECAR, WEIGHTS, check_out, copy_along, write_folder, write_safetensors
 from .peft_config import PatternKeys, Targets, oldest_peft, unit_scale_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -71,14 +76,6 @@ _FORMATS = (
     (r"\.lora_[AB]$", "loralib LoRA"),
     (r"\.lora_(embedding_)?[AB]\b", "PEFT LoRA"),
 )
-_CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-}  # fmt: skip
-if hasattr(torch, "float8_e8m0fnu"):  # PyTorch ≥ 2.7
-    _CODES[torch.float8_e8m0fnu] = "F8_E8M0"
 _LFS = b"version https://git-lfs"
 
 Role = Literal["module", "parameter", "inner", "tied"]
@@ -104,9 +101,9 @@ class Slot:
     depth: int
     role: Role
     embedding: bool
-    A: Tensor
-    B: Tensor
-    bias: Tensor | None
+    A: NDArray[Any]
+    B: NDArray[Any]
+    bias: NDArray[Any] | None
     members: tuple[LoraFactors, ...] = ()
 
     @property
@@ -130,19 +127,19 @@ class Slot:
             return f"{path}.lora_embedding_A", f"{path}.lora_embedding_B", ""
         return f"{path}.lora_A.weight", f"{path}.lora_B.weight", f"{path}.lora_B.bias"
 
-    def join(self, members: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
+    def join(self, members: Sequence[LoraFactors]) -> tuple[NDArray[Any], NDArray[Any]]:
         """A and B as PEFT stores them, scale folded in, from new factors of the members with one rank k ≥ 1."""
         k = members[0].rank
-        A = _joined([f.A for f in members]).reshape(-1, *self.A.shape[1:])
-        Bs = [f.B if f.scale == 1 else f.B * f.scale for f in members]
+        A = _joined([as_numpy(f.A) for f in members]).reshape(-1, *self.A.shape[1:])
+        Bs = [B if f.scale == 1 else B * B.dtype.type(f.scale) for f in members for B in (as_numpy(f.B),)]
         if self.experts:
-            return A, torch.stack(Bs, dim=2).reshape(-1, k * len(Bs))
+            return A, np.stack(Bs, axis=2).reshape(-1, k * len(Bs))
         return A, _joined(Bs).reshape(-1, k, *self.B.shape[2:])
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Their rows one after the other; one alone is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 class Written(NamedTuple):
@@ -176,7 +173,7 @@ class PeftAdapter:
     weights: Path
     config: Mapping[str, Any]
     slots: tuple[Slot, ...]
-    foreign: Mapping[str, Tensor]
+    foreign: Mapping[str, NDArray[Any]]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -188,40 +185,39 @@ class PeftAdapter:
         """Metadata of the written header: the source's, and the JSON text ``metadata`` under ``para_ext``."""
         return {**self.metadata, "format": "pt", "para_ext": metadata}
 
-    def layout(self, dtype: torch.dtype | None = None, metadata: str = "") -> layout.FileLayout:
+    def layout(self, code: str | None = None, metadata: str = "") -> layout.FileLayout:
         """The written tensor file with open ranks; its modules are the first members of the slots.
 
         It is exact but for two cases: all ranks 0, where one pair of zeros is written, and a parameter that is kept
         inside one that is dropped, whose two keys lose 11 bytes each.
 
         Args:
-            dtype: of the new factors; None keeps each tensor's own.
+            code: the new factors' type; None keeps each tensor's own.
             metadata: the text for the header's ``para_ext``, or a placeholder of its exact length.
         """
-        slots = [layout.Slot(key, _code(key, t.dtype), tuple(t.shape)) for key, t in self.foreign.items()]
+        slots = [layout.Slot(key, _code(key, t), t.shape) for key, t in self.foreign.items()]
         for slot in self.slots:
             module = slot.members[0].name
             key_A, key_B, key_bias = slot.keys(slot.depth)
             rows, columns = slot.units
             shape_A, shape_B = (rows, *slot.A.shape[1:]), (slot.B.shape[0], columns, *slot.B.shape[2:])
-            code = _code(key_A, written_dtype(slot.A, slot.B, dtype))
-            slots.append(layout.Slot(key_A, code, shape_A, 0, module))
-            slots.append(layout.Slot(key_B, code, shape_B, 1, module))
+            new = written_code(slot.A, slot.B, code)
+            slots.append(layout.Slot(key_A, new, shape_A, 0, module))
+            slots.append(layout.Slot(key_B, new, shape_B, 1, module))
             if slot.bias is not None:
-                code = _code(key_bias, dtype or slot.bias.dtype)
-                slots.append(layout.Slot(key_bias, code, tuple(slot.bias.shape), None, module))
+                slots.append(layout.Slot(key_bias, code or _code(key_bias, slot.bias), slot.bias.shape, None, module))
         return layout.FileLayout(tuple(slots), self.header(metadata))
 
-    def tensors(self, new_factors: Sequence[LoraFactors], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def tensors(self, new_factors: Sequence[LoraFactors], code: str | None = None) -> dict[str, NDArray[Any]]:
         """The tensors of the new file by key, contiguous and unshared; if no component is kept, one pair of zeros.
 
         Args:
             new_factors: by name; B [m, k] and A [k, n]; a missing one or k = 0 means dropped.
-            dtype: of what else is written anew (lora_B.bias); None keeps its own.
+            code: the type of what else is written anew (lora_B.bias); None keeps its own.
         """
         given = {f.name: f for f in new_factors}
         ranks = self._ranks({f.name: f.rank for f in new_factors})
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, NDArray[Any]] = {}
         for slot, rank in zip(self.slots, ranks, strict=True):
             if rank == 0:
                 continue
@@ -230,14 +226,12 @@ class PeftAdapter:
             kept = (other for other, k in zip(self.slots, ranks, strict=True) if k)
             depth = sum(other.path == slot.path and other.depth < slot.depth for other in kept) if slot.depth else 0
             key_A, key_B, key_bias = slot.keys(depth)
-            tensors |= {key_A: A.contiguous(), key_B: B.contiguous()}
+            tensors |= {key_A: np.ascontiguousarray(A), key_B: np.ascontiguousarray(B)}
             if slot.bias is not None:
-                bias_dtype = dtype or slot.bias.dtype
-                tensors[key_bias] = fold_bias(slot.name, slot.bias, slot.members[0].scale, bias_dtype)
-        unshared = self.weights.suffix == ".safetensors"
-        for key, tensor in self.foreign.items():
-            tensors[key] = tensor if unshared else tensor.clone(memory_format=torch.contiguous_format)
-        return tensors
+                new = code or _code(key_bias, slot.bias)
+                tensors[key_bias] = fold_bias(slot.name, slot.bias, slot.members[0].scale, new)
+        # Not ascontiguousarray, which makes an array of what has no dimension.
+        return tensors | {key: np.asarray(array, order="C") for key, array in self.foreign.items()}
 
     def new_config(self, ranks: Mapping[str, int], *, others: Collection[str] = ()) -> dict[str, Any]:
         """adapter_config.json for new ranks (of ``factors``, by name; a missing one is 0), at unit scale.
@@ -266,7 +260,7 @@ class PeftAdapter:
         *,
         metadata: str,
         sidecar: Mapping[str, Any],
-        dtype: torch.dtype | None = None,
+        code: str | None = None,
         overwrite: bool = False,
     ) -> Written:
         """Write the compressed adapter as a folder, whole or not at all.
@@ -276,13 +270,13 @@ class PeftAdapter:
             new_factors: as for :meth:`tensors`.
             metadata: JSON text for ``para_ext`` in the safetensors header.
             sidecar: what para_ext.json holds.
-            dtype: as for :meth:`tensors`.
+            code: as for :meth:`tensors`.
             overwrite: replace an adapter that is already there.
 
         Raises:
             ParaError: refused or not written; nothing has changed.
         """
-        tensors = self.tensors(new_factors, dtype)
+        tensors = self.tensors(new_factors, code)
         config = self.new_config({f.name: f.rank for f in new_factors})
         size, left_out = 0, []
 
@@ -335,7 +329,7 @@ def read_peft(path: Path) -> PeftAdapter:
     return PeftAdapter(path, weights, config, tuple(slots), foreign, metadata)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """All tensors of a safetensors or pickled file, memory-mapped, and the header's metadata.
 
     Raises:
@@ -344,10 +338,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     _check_file(path)
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as e:
+            return read_safetensors(path)
+        except (SafetensorError, OSError, ValueError) as e:
             raise ParaError(f"'{path}' is not a whole safetensors file ({_line(e)}): download or save it again") from e
+    return {key: as_numpy(tensor) for key, tensor in _unpickled(path).items()}, {}
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    import torch
+
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
@@ -356,12 +355,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from e
     except Exception as e:  # torch.load raises nearly anything for a damaged file
         raise ParaError(f"'{path}' is not a whole PyTorch file ({_line(e)}): download or save it again") from e
-    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
+    fits = isinstance(loaded, dict) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()
+    )
+    if not fits:
         raise ParaError(f"'{path}' is not a plain dict of tensors: save the adapter's state dict alone")
     for key, tensor in loaded.items():
         if not holds_data(tensor):
             raise ParaError(f"'{path}': tensor '{key}' is not dense (sparse, nested, quantized or meta): save it dense")
-    return {key: tensor.detach() for key, tensor in loaded.items()}, {}
+        _code(key, tensor)
+    return dict(loaded)
 
 
 def recognise(keys: Collection[str]) -> str:
@@ -468,16 +471,16 @@ def _lookups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 class _Pair(NamedTuple):
-    A: Tensor
-    B: Tensor
-    bias: Tensor | None
+    A: NDArray[Any]
+    B: NDArray[Any]
+    bias: NDArray[Any] | None
     embedding: bool
 
 
-def _sort(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, _Pair], dict[str, Tensor]]:
+def _sort(tensors: Mapping[str, NDArray[Any]], file: Path) -> tuple[dict[str, _Pair], dict[str, NDArray[Any]]]:
     """Pairs by path, and the other tensors by key; an adapter's name in the keys is taken out."""
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    foreign: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, NDArray[Any]]] = defaultdict(dict)
+    foreign: dict[str, NDArray[Any]] = {}
     adapters = set()
     for key, tensor in tensors.items():
         if key.startswith(_PREFIX * 2):
@@ -503,7 +506,7 @@ def _sort(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, _Pair], 
     return {path: _pair(path, found) for path, found in parts.items()}, foreign
 
 
-def _pair(path: str, found: dict[str, Tensor]) -> _Pair:
+def _pair(path: str, found: dict[str, NDArray[Any]]) -> _Pair:
     embedding = any(part.startswith("embedding") for part in found)
     key_A, key_B = ("embedding A", "embedding B") if embedding else ("A weight", "B weight")
     name = path.removeprefix(_PREFIX)
@@ -617,12 +620,18 @@ def _with_members(slot: Slot, siblings: Sequence[Slot], config: Mapping[str, Any
     return replace(slot, members=tuple(LoraFactors(name, B, A, scale, group) for name, B, A in views))
 
 
-def _split(slot: Slot, count: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _split(slot: Slot, count: int) -> tuple[Sequence[NDArray[Any]], Sequence[NDArray[Any]]]:
     """Views B_i [m, k] and A_i [k, n] of the members."""
-    A = slot.A.flatten(1).chunk(count)
+    A = _flat(slot.A).reshape(count, -1, slot.A[0].size)
     if slot.experts:
-        return slot.B.reshape(slot.B.shape[0], -1, count).unbind(2), A
-    return slot.B.flatten(1).chunk(count), A
+        B = slot.B.reshape(slot.B.shape[0], -1, count)
+        return [B[:, :, i] for i in range(count)], list(A)
+    return list(_flat(slot.B).reshape(count, -1, slot.B.shape[1])), list(A)
+
+
+def _flat(x: NDArray[Any]) -> NDArray[Any]:
+    """[first, all others]"""
+    return x.reshape(len(x), -1)
 
 
 def _tie(slots: list[Slot], config: Mapping[str, Any]) -> list[Slot]:
@@ -639,7 +648,7 @@ def _tie(slots: list[Slot], config: Mapping[str, Any]) -> list[Slot]:
 
 
 def _transposed(slot: Slot, embedding: Slot) -> bool:
-    return torch.equal(slot.A, embedding.B.T) and torch.equal(slot.B, embedding.A.T)
+    return np.array_equal(slot.A, embedding.B.T) and np.array_equal(slot.B, embedding.A.T)
 
 
 def _floor(slots: Sequence[Slot], config: Mapping[str, Any], foreign: Collection[str]) -> list[Slot]:
@@ -670,13 +679,15 @@ def _natural(slot: Slot) -> tuple[Any, ...]:
 
 
 def _zeros(f: LoraFactors) -> LoraFactors:
-    return replace(f, B=f.B.new_zeros(f.m, 1), A=f.A.new_zeros(1, f.n), scale=1.0)
+    B, A = as_numpy(f.B), as_numpy(f.A)
+    return replace(f, B=np.zeros((f.m, 1), B.dtype), A=np.zeros((1, f.n), A.dtype), scale=1.0)
 
 
-def _code(key: str, dtype: torch.dtype) -> str:
-    if dtype not in _CODES:
-        raise ParaError(f"tensor '{key}' has dtype {dtype}, which cannot be written: convert it first")
-    return _CODES[dtype]
+def _code(key: str, x: Array) -> str:
+    code = code_of(x)
+    if code not in NUMPY:
+        raise ParaError(f"tensor '{key}' has dtype {dtype_name(x.dtype)}, which cannot be written: convert it first")
+    return str(code)
 
 
 def _check_file(path: Path) -> None:
