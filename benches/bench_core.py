@@ -1,7 +1,7 @@
 """Factors in, factors out, on shapes of well-known models: beside the same in plain torch twice, and beside the floor.
 
 A round times the three methods and the machine one after the other, so that all see the machine in the same mood; all
-results of a case are alive until its timing ends, so that every round writes to fresh memory, as users' calls do. What
+results of a round are alive until it ends, so that every call writes to fresh memory, as users' calls do. What
 is timed with para_ext is everything: checks, cores, SVD, plan, new factors with their certificates.
 """
 
@@ -117,13 +117,14 @@ def test_whole_call(benchmark: Any, name: str) -> None:
     for method in methods.values():
         # Not the factors: signs are free, and a tie at the threshold may end either way.
         assert error(pairs, method()) == pytest.approx(error(pairs, expected), rel=1e-3)
-    back(2 * ROUNDS * 4 * sum(B.nbytes + A.nbytes for B, A in expected))
+    back(2 * 4 * sum(B.nbytes + A.nbytes for B, A in expected))
     ranks = [A.shape[0] for _, A in expected]
 
     times: dict[str, list[float]] = {}
     alive: list[Any] = []
 
     def other_methods() -> None:
+        alive.clear()
         machine = rates(threads)
         for method, call in methods.items():
             times.setdefault(method, []).append(seconds(lambda call=call: alive.append(call())))

@@ -126,7 +126,10 @@ class Decomposition:
 
     def _check_rounding(self, i: int, new: Truncated, copied: bool) -> None:
         # Balanced factors have the norm √Σσ; to read them again would take as long as to truncate.
-        balanced = math.sqrt(math.fsum(self.spectra.modules[i].sigma[: new.A.shape[0]]))
+        sigma = self.spectra.modules[i].sigma
+        if not copied and max(new.rounding_B, new.rounding_A) ** 2 <= 0.01 * sigma[0]:
+            return
+        balanced = math.sqrt(math.fsum(sigma[: new.A.shape[0]]))
         for which, rounding, factor in (("B", new.rounding_B, new.B), ("A", new.rounding_A, new.A)):
             if rounding == 0:
                 continue

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import FACTOR_CODES, NUMPY, Array, as_tensor, code_of, device_of, dtype_name, holds_data
+from .arrays import FACTOR_CODES, NUMPY, Array, as_tensor, code_of, device_of, dtype_name, holds_data, is_tensor
 from .errors import ParaError, shown
 
 
@@ -65,12 +65,13 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
         if f.name in seen:
             raise ParaError(f"module '{f.name}' is given twice: give each module one pair of factors")
         seen.add(f.name)
-        if f.B.ndim != 2 or f.A.ndim != 2 or f.B.shape[1] != f.A.shape[0]:
+        B, A = f.B.shape, f.A.shape
+        if len(B) != 2 or len(A) != 2 or B[1] != A[0]:
             raise ParaError(
                 f"module '{f.name}': B is {_shape(f.B)} and A is {_shape(f.A)}; "
                 "B must be [m, r] and A [r, n] with one rank r"
             )
-        if 0 in f.B.shape or 0 in f.A.shape:
+        if not (B[0] and B[1] and A[1]):
             raise ParaError(f"module '{f.name}': B is {_shape(f.B)} and A is {_shape(f.A)}; no dimension may be 0")
         for which, t in (("B", f.B), ("A", f.A)):
             if code_of(t) not in FACTOR_CODES:
@@ -86,11 +87,12 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
                 raise ParaError(
                     f"module '{f.name}': {which} is a numpy array with unaligned or backward elements; give a copy"
                 )
-        if device_of(f.A) != device_of(f.B):
+        both_torch = is_tensor(f.A) and is_tensor(f.B)
+        if f.A.device != f.B.device if both_torch else device_of(f.A) != device_of(f.B):
             raise ParaError(
                 f"module '{f.name}': A is on {device_of(f.A)}, B on {device_of(f.B)}; move both to one device"
             )
-        if not isinstance(f.scale, Real) or not abs(f.scale) <= sys.float_info.max:
+        if not (type(f.scale) is float or isinstance(f.scale, Real)) or not abs(f.scale) <= sys.float_info.max:
             raise ParaError(
                 f"module '{f.name}': its scale is {shown(f.scale)}; alpha and rank must give a finite number"
             )
@@ -106,10 +108,9 @@ def written_code(A: Array, B: Array, code: str | None) -> str:
     """What a module's new factors are written in: ``code``, or its own, the wider one where A's and B's differ."""
     if code is not None:
         return code
-    of_A, of_B = code_of(A), code_of(B)
-    if of_A == of_B:
-        return str(of_A)
-    wider = {of_A, of_B}
+    if A.dtype == B.dtype:
+        return str(code_of(A))
+    wider = {code_of(A), code_of(B)}
     return "F64" if "F64" in wider else "F32"  # float16 and bfloat16 hold each other only in float32
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]+)")
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+def natural_key(name: str) -> list[int | str]:
     """Sort key that puts ``layers.2`` before ``layers.10``; it decides ties between equal scores."""
-    return tuple(
-        (0, int(part), part) if part.isdecimal() and part.isascii() else (1, 0, part)
-        for part in _DIGITS.split(name)
-        if part
-    )
+    parts: list[int | str] = [*_DIGITS.split(name)]  # text and digits in turn, so that like meets like
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def module_type(name: str) -> str:

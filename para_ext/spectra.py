@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ class ModuleSpectrum:
                 f"min(rank, m, n) = {min(self.rank, self.m, self.n)}"
             )
         # Every comparison with a NaN is false, so these refuse it too.
-        descends = all(a >= b for a, b in pairwise(self.sigma))
+        descends = all(map(operator.ge, self.sigma, self.sigma[1:]))
         if not (descends and self.sigma[0] <= _LARGEST_SIGMA and self.sigma[-1] >= 0):
             raise ParaError(
                 f"module '{self.name}': sigma must descend from at most {_LARGEST_SIGMA:g} to at least 0; "

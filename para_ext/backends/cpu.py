@@ -33,8 +33,8 @@ ISA = os.environ.get("PARA_EXT_ISA", "")
 _TYPES = {"F32": 0, "F16": 1, "BF16": 2}  # csrc/problem.h, DType
 _SLOT = 64  # bytes; every output starts on a cache line
 
-# Columns of the table from here on are stage 3's (csrc/problem.h).
-_NEW_RANK = 12
+# Columns of the table (csrc/problem.h); from the last of these on they are stage 3's.
+_B_ROWS, _A_COLUMNS, _RANK, _NEW_RANK = 1, 6, 10, 12
 
 
 @dataclass(eq=False)
@@ -71,14 +71,15 @@ class Cores:
 
 def supports(factors: LoraFactors) -> bool:
     """Whether this backend takes the module: data on the CPU, of at most 32 bits."""
+    (m, r), n = factors.B.shape, factors.A.shape[1]
     # The core of a rank far above min(m, n) would be all zeros, but of its full size here.
-    small = factors.rank <= max(LARGEST_NATIVE_RANK, min(factors.m, factors.n))
+    small = r <= LARGEST_NATIVE_RANK or r <= min(m, n)
     return small and all(code_of(x) in _TYPES and _plain(x) for x in (factors.A, factors.B))
 
 
 def _plain(x: Array) -> bool:
     """Whether the elements lie in the CPU's memory as they are; a tensor may stand for the opposite of them."""
-    return isinstance(x, np.ndarray) or (x.device.type == "cpu" and not x.is_neg())
+    return isinstance(x, np.ndarray) or (x.is_cpu and not x.is_neg())
 
 
 def _place(x: Array) -> tuple[int, int, int, int]:
@@ -94,7 +95,9 @@ def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
     """See `Backend.cores`."""
     if ISA and ISA not in levels():
         raise ParaError(f"PARA_EXT_ISA is '{ISA}'; unset it, or use one of {', '.join(levels())}")
-    words = [_cpu.core_words(f.rank) for f in factors]
+    ranks = [f.A.shape[0] for f in factors]
+    words_of = {r: _cpu.core_words(r) for r in set(ranks)}
+    words = [words_of[r] for r in ranks]
     workspace = np.asarray(_cpu.Arena(8 * max(sum(words), 1), threads)).view(np.float64)  # starts on a page
     address = workspace.ctypes.data
     base = 0
@@ -151,48 +154,56 @@ def svd(cores: Cores, threads: int) -> list[list[float]]:
 
     if large:
         map_single_threaded(decompose, large, threads)
-    return [cores.sigma(i)[: min(f.rank, f.m, f.n)].tolist() for i, f in enumerate(factors)]
+    # All at once, and in lists: a thousand small views of an array cost more than the SVDs of their modules.
+    ranks = cores.table[:, _RANK]
+    counts = np.minimum(np.minimum(ranks, cores.table[:, _B_ROWS]), cores.table[:, _A_COLUMNS])
+    ends = counts.cumsum()
+    starts = np.array(cores.offsets, dtype=np.int64) + 4 * ranks * ranks
+    values = cores.workspace[np.arange(counts.sum()) + (starts - ends + counts).repeat(counts)].tolist()
+    return [values[end - count : end] for end, count in zip(ends.tolist(), counts.tolist(), strict=True)]
 
 
 def truncate(
     factors: Sequence[LoraFactors], cores: Cores, ranks: Sequence[int], codes: Sequence[str], threads: int
 ) -> list[Truncated]:
     """See `Backend.truncate`."""
-    sizes = [
-        (k * f.m * NUMPY[code].itemsize, k * f.n * NUMPY[code].itemsize)
-        for f, k, code in zip(factors, ranks, codes, strict=True)
-    ]
-    arena = np.asarray(_cpu.Arena(sum(-(-size // _SLOT) * _SLOT for pair in sizes for size in pair), threads))
-    address = arena.ctypes.data
     table = cores.table.copy()
+    new = table[:, _NEW_RANK:]
+    new[:, 0] = ranks
+    new[:, 3] = [_TYPES[code] for code in codes]
+    itemsize = np.array([NUMPY[code].itemsize for code in codes], dtype=np.int64)
+    # B', A' of module after module, each from the next whole slot on.
+    slots = -(-table[:, [_B_ROWS, _A_COLUMNS]] * (new[:, :1] * itemsize[:, None]) // _SLOT)
+    ends = slots.ravel().cumsum() * _SLOT
+    arena = np.asarray(_cpu.Arena(ends[-1].item() if len(ends) else 0, threads))
+    starts = (ends - slots.ravel() * _SLOT).reshape(-1, 2)
+    new[:, 1:3] = starts + arena.ctypes.data
+    whole = {code: arena[: arena.size // _SLOT * _SLOT].view(NUMPY[code]) for code in set(codes)}
+    tensors = {code: as_tensor(x) for code, x in whole.items()} if any(is_tensor(f.B) for f in factors) else {}
     outputs: list[tuple[Array, Array]] = []
-    columns: list[tuple[int, ...]] = []
-    offset = 0
-    for f, k, code, (size_B, size_A) in zip(factors, ranks, codes, sizes, strict=True):
-        dtype = NUMPY[code]
-        start, offset = offset, offset + -(-size_B // _SLOT) * _SLOT
-        columns.append((k, address + start, address + offset, _TYPES[code]))
-        B: Array = arena[start : start + size_B].view(dtype).reshape(f.m, k)
-        A: Array = arena[offset : offset + size_A].view(dtype).reshape(k, f.n)
-        offset += -(-size_A // _SLOT) * _SLOT
-        outputs.append((as_tensor(B), as_tensor(A)) if is_tensor(f.B) else (B, A))
-    table[:, _NEW_RANK:] = np.array(columns, dtype=np.int64).reshape(len(columns), 4)
-    certificates = _cpu.truncate(table, cores.scales, threads, ISA)
+    for f, k, code, (B, A) in zip(factors, ranks, codes, (starts // itemsize[:, None]).tolist(), strict=True):
+        m, n = f.B.shape[0], f.A.shape[1]
+        if is_tensor(f.B):
+            flat = tensors[code]
+            outputs.append((flat.as_strided((m, k), (k, 1), B), flat.as_strided((k, n), (n, 1), A)))
+        else:
+            bits = whole[code]
+            outputs.append((bits[B : B + m * k].reshape(m, k), bits[A : A + k * n].reshape(k, n)))
+    certificates = _cpu.truncate(table, cores.scales, threads, ISA).tolist()
 
+    # What a Gram matrix in fp64 can hide: perturbing BᵀB by c·r·u moves ‖BX‖ by up to √(c·r·u)·‖B‖‖X‖.
+    floors = (np.sqrt(30 * UNIT_ROUNDOFF * table[:, _RANK]) * cores.betas).tolist()
     errors = []
     remeasure = []
-    for i, (lost, stretch_B, stretch_A, rounding_B, rounding_A, weighted_B, weighted_A) in enumerate(
-        certificates.tolist()
-    ):
+    for i, (lost, stretch_B, stretch_A, rounding_B, rounding_A, weighted_B, weighted_A) in enumerate(certificates):
         if ranks[i] == 0:
-            lost = float(np.linalg.norm(cores.sigma(i)))
+            lost = math.hypot(*cores.sigma(i).tolist())
         rounding = stretch_B * weighted_A + stretch_A * weighted_B + rounding_B * rounding_A
         measured = lost + rounding
-        # What a Gram matrix in fp64 can hide: perturbing BᵀB by c·r·u moves ‖BX‖ by up to √(c·r·u)·‖B‖‖X‖.
-        floor = math.sqrt(30 * factors[i].rank * UNIT_ROUNDOFF) * cores.betas[i]
+        floor = floors[i]
         errors.append(measured + floor)
         # The sum is loose where one of its small terms is not small: hidden cancellation, or storage that underflows.
-        if floor > measured / 2 or (rounding > lost and rounding > 0.1 * float(np.linalg.norm(cores.sigma(i)))):
+        if floor > measured / 2 or (rounding > lost and rounding > 0.1 * math.hypot(*cores.sigma(i).tolist())):
             remeasure.append(i)
 
     def measure(i: int) -> float:
@@ -205,8 +216,8 @@ def truncate(
     for i, error in zip(remeasure, map_single_threaded(measure, remeasure, threads), strict=True):
         errors[i] = min(errors[i], error)
     return [
-        Truncated(B, A, errors[i], certificates[i, 3].item(), certificates[i, 4].item())
-        for i, (B, A) in enumerate(outputs)
+        Truncated(B, A, error, rounding_B, rounding_A)
+        for (B, A), error, (_, _, _, rounding_B, rounding_A, _, _) in zip(outputs, errors, certificates, strict=True)
     ]
 
 

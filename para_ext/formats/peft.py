@@ -674,7 +674,7 @@ def _unit(slot: Slot) -> str:
     return slot.members[0].group or slot.name
 
 
-def _natural(slot: Slot) -> tuple[Any, ...]:
+def _natural(slot: Slot) -> list[int | str]:
     return natural_key(slot.members[0].name)
 
 
