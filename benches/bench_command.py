@@ -1,6 +1,6 @@
-"""The whole command on an r=16 fp32 Llama-3-8B adapter (168 MB), beside the same job in plain torch: time and memory.
+"""The whole command on fp32 Llama-3-8B adapters (168 and 671 MB), beside the same job in plain torch: time and memory.
 
-Times are of whole processes, `import torch` included. Memory is the largest RssAnon (what a process asked for itself,
+Times are of whole processes, with their imports and until every byte is on disk. Memory is the largest RssAnon (what a process asked for itself,
 mapped files not counted), polled every 5 ms.
 """
 
@@ -39,19 +39,20 @@ def run(command: Sequence[str], folder: Path) -> tuple[float, int]:
     return time.perf_counter() - start, peak
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama") / "adapter"
+@pytest.fixture(scope="module", params=[16, 64])
+def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rank = request.param
+    folder = tmp_path_factory.mktemp("llama") / f"rank-{rank}"
     folder.mkdir()
     tensors = {
         f"base_model.model.{name}.lora_{side}.weight": t
-        for name, B, A in trained_like(LLAMA_3_8B, 16, torch.float32)
+        for name, B, A in trained_like(LLAMA_3_8B, rank, torch.float32)
         for side, t in (("A", A), ("B", B))
     }
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     leaves = sorted({name.rsplit(".", 1)[1] for name, *_ in LLAMA_3_8B})
     config = {
-        "peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": leaves, "exclude_modules": None,
+        "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": leaves, "exclude_modules": None,
         "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False,
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -67,18 +68,18 @@ def test_command(adapter: Path, tmp_path: Path) -> None:
         "import torch": [sys.executable, "-c", "import torch"],
     }  # fmt: skip
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
-    for _ in range(RUNS + 1):  # the first one warms caches up
+    for i in range(RUNS + 1):  # the first one warms caches up
         for name, command in commands.items():
             for folder in (ours, plain):
                 shutil.rmtree(folder, ignore_errors=True)
             results[name].append(run(command, tmp_path))
-            if name != "import torch":
+            if i == 0 and name != "import torch":
                 error = para_ext.verify(adapter, ours if name == "para-ext" else plain).energy
                 assert error > 0.9
-    print()
+    print(f"\n{adapter.name}: {(adapter / 'adapter_model.safetensors').stat().st_size / 1e6:.0f} MB")
     seconds = {}
     for name, measured in results.items():
         seconds[name] = statistics.median(s for s, _ in measured[1:])
         peak = statistics.median(p for _, p in measured[1:])
         print(f"{name:12}  {seconds[name]:6.2f} s   {peak / 1e6:7.0f} MB anonymous   (median of {RUNS})")
-    assert seconds["para-ext"] < seconds["plain torch"]
+    assert seconds["para-ext"] < min(seconds["plain torch"], seconds["import torch"] + 1)

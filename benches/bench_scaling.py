@@ -27,7 +27,7 @@ def factors_of(shapes: Shapes, rank: int) -> list[LoraFactors]:
 def test_two_threads(benchmark: Any) -> None:
     """Stages of a rank-64 adapter by one thread and by two, in turns."""
     factors = factors_of(layers(LLAMA_3_8B, 16), 64)
-    ranks, dtypes = [16] * len(factors), [torch.float32] * len(factors)
+    ranks, codes = [16] * len(factors), ["F32"] * len(factors)
     times: dict[tuple[str, int], list[float]] = {}
 
     def stages(threads: int) -> None:
@@ -40,7 +40,7 @@ def test_two_threads(benchmark: Any) -> None:
         for stage, call in (
             ("cores", first),
             ("svd", lambda: cpu.svd(cores, threads)),
-            ("truncate", lambda: cpu.truncate(factors, cores, ranks, dtypes, threads)),
+            ("truncate", lambda: cpu.truncate(factors, cores, ranks, codes, threads)),
         ):
             times.setdefault((stage, threads), []).append(seconds(call))
 
@@ -79,7 +79,7 @@ def test_linear_in_size(benchmark: Any) -> None:
         cores = cpu.cores(factors, 1)
         cpu.svd(cores, 1)
         first = seconds(lambda: cpu.cores(factors, 1))
-        return first + seconds(lambda: cpu.truncate(factors, cores, [8] * 64, [torch.float32] * 64, 1))
+        return first + seconds(lambda: cpu.truncate(factors, cores, [8] * 64, ["F32"] * 64, 1))
 
     ratios = []
 

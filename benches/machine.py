@@ -77,5 +77,6 @@ def floor(factors: Sequence[LoraFactors], ranks: Sequence[int], machine: Rates) 
 
 
 def back(size: int) -> None:
-    """Touch and free as much memory: a virtual machine's first use of a page costs more than all that we time."""
+    """Touch and free as much memory: a virtual machine's host takes free pages away within seconds, and to get them back
+    costs more than all that we time."""
     torch.ones(size, dtype=torch.uint8)

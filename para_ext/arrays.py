@@ -107,7 +107,7 @@ def as_numpy(x: Array) -> NDArray[Any]:
         raise ParaError(f"a tensor of dtype {dtype_name(x.dtype)} cannot be written: convert it first")
     import torch
 
-    x = x.detach().cpu()
+    x = x.detach().cpu().resolve_conj().resolve_neg()
     if NUMPY[code].isbuiltin == 1:
         return x.numpy()
     bits = torch.uint8 if x.element_size() == 1 else torch.int16

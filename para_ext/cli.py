@@ -21,7 +21,9 @@ from .whole_file import write_text
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
-_THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads to use; PyTorch's setting by default.")
+_THREADS = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads to use; all CPUs, or OMP_NUM_THREADS, by default."
+)
 _BACKEND = click.option(
     "--backend", type=click.Choice(["cpu", "torch"]), help="Native core or plain PyTorch; the native one by default."
 )

@@ -439,6 +439,13 @@ def test_damaged_files(tmp_path: Path, name: str, content: Callable[[bytes], byt
     assert "\n" not in str(refusal.value)
 
 
+def test_a_type_that_cannot_be_written(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "a", pair() | {"head": torch.ones(2, dtype=torch.uint8)})
+    damage(folder, WEIGHTS, lambda old: old.replace(b'"U8","shape":[2]', b'"F4","shape":[4]'))
+    with pytest.raises(ParaError, match="tensor 'head' has dtype F4, which cannot be written"):
+        read_adapter(folder)
+
+
 def test_a_tensor_given_twice(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "a", pair() | {A.replace("lora_A", "lora_X"): ones(2, 3)})
     damage(folder, WEIGHTS, lambda old: old.replace(b"lora_X", b"lora_A"))

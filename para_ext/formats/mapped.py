@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..arrays import NUMPY
+from ..errors import ParaError
 
 __all__ = ["SafetensorError", "read_safetensors"]
 
@@ -22,7 +23,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str
     The library checks the file (sizes, offsets, overlaps); what is read here is a header that it found right.
 
     Raises:
-        SafetensorError, OSError, ValueError: it is not a whole safetensors file, or it has types that numpy lacks.
+        SafetensorError, OSError, ValueError, LookupError: it is not a whole safetensors file.
+        ParaError: a tensor's type is none that numpy or ml_dtypes has.
     """
     with safe_open(path, framework="numpy") as file:
         keys, metadata = list(file.keys()), dict(file.metadata() or {})
@@ -35,7 +37,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str
     for key in keys:
         entry = header[key]
         if entry["dtype"] not in NUMPY:
-            raise ValueError(f"tensor {key!r:.80} has the type {entry['dtype']}")
+            raise ParaError(f"tensor '{key}' has dtype {entry['dtype']}, which cannot be written: convert it first")
         first, end = entry["data_offsets"]
         array = np.frombuffer(view[start + first : start + end], NUMPY[entry["dtype"]]).reshape(entry["shape"])
         arrays[key] = array if array.flags.aligned else array.copy()

@@ -339,7 +339,9 @@ def read_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     if path.suffix == ".safetensors":
         try:
             return read_safetensors(path)
-        except (SafetensorError, OSError, ValueError) as e:
+        except ParaError as e:
+            raise ParaError(f"'{path}': {e}") from e
+        except (SafetensorError, OSError, ValueError, LookupError) as e:
             raise ParaError(f"'{path}' is not a whole safetensors file ({_line(e)}): download or save it again") from e
     return {key: as_numpy(tensor) for key, tensor in _unpickled(path).items()}, {}
 
