@@ -1,7 +1,7 @@
 """The whole command on fp32 Llama-3-8B adapters (168 and 671 MB), beside the same job in plain torch: time and memory.
 
-Times are of whole processes, with their imports and until every byte is on disk. Memory is the largest RssAnon (what a process asked for itself,
-mapped files not counted), polled every 5 ms.
+Times are of whole processes, with their imports and until every byte is on disk. Memory is the largest RssAnon (what a
+process asked for itself, mapped files not counted), polled every 5 ms.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from para_ext import LoraFactors
@@ -77,6 +79,7 @@ def floor(factors: Sequence[LoraFactors], ranks: Sequence[int], machine: Rates) 
 
 
 def back(size: int) -> None:
-    """Touch and free as much memory: a virtual machine's host takes free pages away within seconds, and to get them back
-    costs more than all that we time."""
-    torch.ones(size, dtype=torch.uint8)
+    """Touch and free as much memory: a virtual machine's host takes free pages away within seconds, and getting them
+    back costs more than all that we time."""
+    np.ones(size, np.uint8)  # not torch.ones, whose threads spin on into what is timed next
+    time.sleep(0.02)  # as those of the last call may

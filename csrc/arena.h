@@ -1,6 +1,6 @@
-// Arena: one block of fresh memory for all new factors of a call.
+// Arena: one block of zeroed memory, for all cores or all new factors of a call.
 //
-// Touching fresh pages costs more than the arithmetic that fills them. One private anonymous mapping in huge pages
+// Small ones come from the heap, which the process has used before. For the others, touching fresh pages costs more than the arithmetic that fills them. One private anonymous mapping in huge pages
 // costs a few milliseconds where an allocation per tensor costs a hundred, and it is touched here, by all threads,
 // before any work: faults amid the work were measured to cost twice as much. Where huge pages are slow to come (a
 // virtual machine whose host takes free ones back: 2 ms each), small ones serve.
@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstddef>
+#include <cstdlib>
 #include <new>
 #include <vector>
 
@@ -16,8 +17,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
-#else
-#include <cstdlib>
+#define PARA_HAS_MMAP
 #endif
 
 namespace para {
@@ -26,16 +26,19 @@ class Arena {
   public:
     Arena(size_t bytes, int threads) : bytes_(bytes) {
         if (bytes == 0) return;
-#if defined(__unix__) || defined(__APPLE__)
+        if (bytes < SMALL) {
+            heap_ = std::calloc(bytes + PAGE, 1);
+            if (!heap_) throw std::bad_alloc();
+            data_ = static_cast<char*>(heap_) + (PAGE - reinterpret_cast<uintptr_t>(heap_) % PAGE);
+            return;
+        }
+#ifdef PARA_HAS_MMAP
         void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         data_ = static_cast<char*>(memory);
 #ifdef MADV_HUGEPAGE
         madvise(data_, bytes, MADV_HUGEPAGE);  // a hint, as all advice: memory works without it
 #endif
-#else
-        data_ = static_cast<char*>(std::calloc(bytes, 1));
-        if (!data_) throw std::bad_alloc();
 #endif
         std::atomic<bool> slow{false};
         const size_t shift = (HUGE_PAGE - reinterpret_cast<uintptr_t>(data_) % HUGE_PAGE) % HUGE_PAGE;
@@ -55,11 +58,9 @@ class Arena {
         });
     }
     ~Arena() {
-        if (!data_) return;
-#if defined(__unix__) || defined(__APPLE__)
-        munmap(data_, bytes_);
-#else
-        std::free(data_);
+        std::free(heap_);
+#ifdef PARA_HAS_MMAP
+        if (data_ && !heap_) munmap(data_, bytes_);
 #endif
     }
     Arena(const Arena&) = delete;
@@ -70,6 +71,11 @@ class Arena {
 
   private:
     static constexpr size_t HUGE_PAGE = size_t{2} << 20, PAGE = 4096;
+#ifdef PARA_HAS_MMAP
+    static constexpr size_t SMALL = 4 * HUGE_PAGE;
+#else
+    static constexpr size_t SMALL = ~size_t{0} - PAGE;
+#endif
 
     void touch(size_t first, size_t last) {
 #ifdef MADV_POPULATE_WRITE
@@ -79,6 +85,7 @@ class Arena {
         for (size_t at = first; at < last; at += PAGE) static_cast<volatile char*>(data_)[at] = 0;
     }
 
+    void* heap_ = nullptr;
     char* data_ = nullptr;
     size_t bytes_;
 };

@@ -50,8 +50,8 @@ def decompose(
         adapter_name: of a live model's adapters; the active one if None.
         backend: "cpu" (native) or "torch"; the fastest that is installed and takes the factors if None.
         device: where to work on an adapter folder: "auto", "cpu" or "cuda".
-        threads: how many to use; if None, ``torch.get_num_threads()`` where PyTorch is loaded, otherwise OMP_NUM_THREADS
-            or the CPUs of this process. Results don't depend on it.
+        threads: how many to use; if None, ``torch.get_num_threads()`` where PyTorch is loaded, otherwise
+            OMP_NUM_THREADS or the CPUs of this process. Results don't depend on it.
 
     Returns:
         A Decomposition. Its ``factors`` are, of a folder, numpy arrays over the mapped file (bfloat16 by ml_dtypes);
