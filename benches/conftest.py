@@ -17,16 +17,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if calls:
         terminalreporter.section("whole call; milliseconds, medians; stages by the same threads")
         write(
-            "| shapes, keep 0.25 | para_ext | × torch QR | × torch Gram | cores | svd | truncate | memory | Python "
-            "| floor | × floor | reused memory |"
+            "| shapes, keep 0.25 | para_ext | × torch QR | × torch Gram | at the floor | cores | svd | truncate | memory "
+            "| Python | floor | × floor | reused memory |"
         )
-        write("|---|" + "---:|" * 11)
+        write("|---|" + "---:|" * 12)
         for group, info in calls:
             stages = (info[key] for key in ("cores", "svd", "truncate", "memory", "python", "floor"))
             qr, gram, limit = info["wanted"]
+            least = info["floor"] + info["svd"]  # a call without Python, fresh memory, or a cycle lost
             write(
                 f"| {group} | {info['whole'] * 1e3:.1f} | {info['× torch QR']:.1f}{_mark(info['× torch QR'] >= qr)} "
-                f"| {info['× torch Gram']:.1f}{_mark(info['× torch Gram'] >= gram)} | "
+                f"| {info['× torch Gram']:.1f}{_mark(info['× torch Gram'] >= gram)} "
+                f"| {info['torch QR'] / least:.1f}, {info['torch Gram'] / least:.1f} | "
                 + " | ".join(f"{seconds * 1e3:.1f}" for seconds in stages)
                 + f" | {info['of floor']:.2f}{_mark(limit is None or info['of floor'] <= limit)}"
                 f" | {info['of floor, reused']:.2f} |"

@@ -1,9 +1,10 @@
 // Arena: one block of zeroed memory, for all cores or all new factors of a call.
 //
-// Small ones come from the heap, which the process has used before. For the others, touching fresh pages costs more than the arithmetic that fills them. One private anonymous mapping in huge pages
-// costs a few milliseconds where an allocation per tensor costs a hundred, and it is touched here, by all threads,
-// before any work: faults amid the work were measured to cost twice as much. Where huge pages are slow to come (a
-// virtual machine whose host takes free ones back: 2 ms each), small ones serve.
+// Small ones come from the heap, which the process has used before. For the others, touching fresh pages costs more
+// than the arithmetic that fills them. One private anonymous mapping in huge pages costs a few milliseconds where an
+// allocation per tensor costs a hundred, and it is touched here, by all threads, before any work: faults amid the work
+// were measured to cost twice as much. Where huge pages are slow to come (a virtual machine whose host takes free ones
+// back: 2 ms each), small ones serve.
 #pragma once
 
 #include <atomic>
