@@ -17,8 +17,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if calls:
         terminalreporter.section("whole call; milliseconds, medians; stages by the same threads")
         write(
-            "| shapes, keep 0.25 | para_ext | × torch QR | × torch Gram | at the floor | cores | svd | truncate | memory "
-            "| Python | floor | × floor | reused memory |"
+            "| shapes, keep 0.25 | para_ext | × torch QR | × torch Gram | at the floor | cores | svd | truncate "
+            "| memory | Python | floor | × floor | reused memory |"
         )
         write("|---|" + "---:|" * 12)
         for group, info in calls:
