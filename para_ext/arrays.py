@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 import ml_dtypes
@@ -86,6 +87,15 @@ def as_tensor(x: Array) -> Tensor:
     """The same memory as a torch tensor."""
     if not isinstance(x, np.ndarray):
         return x
+    if x.flags.writeable:
+        return _shared(x)
+    with warnings.catch_warnings():
+        # That an array is read-only, which torch can't express: nothing here writes to factors.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+        return _shared(x)
+
+
+def _shared(x: NDArray[Any]) -> Tensor:
     import torch
 
     if x.dtype.isbuiltin == 1:
@@ -129,8 +139,8 @@ def holds_data(x: Array) -> bool:
 
     if type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu and x.layout == torch.strided and x.is_contiguous():
         # Most tensors by far, and asked of every factor of every call.
-        storage = x.untyped_storage()
-        return x.data_ptr() != 0 and storage.nbytes() >= (x.storage_offset() + x.numel()) * x.itemsize
+        count, held = x.numel(), x.untyped_storage().nbytes()
+        return count == 0 or (x.data_ptr() != 0 and held >= (x.storage_offset() + count) * x.itemsize)
     if x.is_meta or x.layout != torch.strided or x.is_nested or x.is_quantized:
         return False
     try:

@@ -63,6 +63,19 @@ def test_arrays_and_tensors_give_the_same_bits(dtype: torch.dtype, keep: float) 
         assert isinstance(f.B, torch.Tensor) and torch.equal(f.B, t.B)
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_arrays_that_are_read_only_and_pairs_of_both_kinds(backend: str | None) -> None:
+    pairs = [(name, as_numpy(B), as_numpy(A)) for name, B, A in factors()]
+    for _, B, A in pairs:
+        B.setflags(write=False)
+        A.setflags(write=False)
+    arrays = decompose([LoraFactors(*pair) for pair in pairs], backend=backend)
+    mixed = decompose([LoraFactors(name, B, torch.tensor(A)) for name, B, A in pairs], backend=backend)
+    plan = arrays.spectra.plan(keep=0.5)
+    for f, g in zip(arrays.truncate(plan), mixed.truncate(plan), strict=True):
+        assert torch.equal(as_tensor(f.B), as_tensor(g.B)) and torch.equal(as_tensor(f.A), as_tensor(g.A))
+
+
 def test_arrays_that_are_refused() -> None:
     good = np.ones((4, 3), np.float32)
     for bad, words in (

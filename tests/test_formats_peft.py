@@ -378,6 +378,7 @@ def test_pickled_tensors(tmp_path: Path, legacy: bool) -> None:
     folder = folder_of(tmp_path / "a")
     tensors = pair() | {f"{P}head.weight": torch.ones(4, 4).T, f"{P}head.copy": torch.ones(4)}
     tensors[f"{P}head.copy"] = tensors[f"{P}head.weight"][0]
+    tensors[f"{P}head.none"] = torch.ones(0, 4)
     (folder / WEIGHTS).unlink()
     torch.save(tensors, folder / PICKLED, _use_new_zipfile_serialization=not legacy)
     adapter = read_adapter(folder)
