@@ -135,8 +135,7 @@ def holds_data(x: Array) -> bool:
     """Whether the elements lie in memory: not on meta, not sparse, not faked, and not freed (as FSDP does)."""
     if isinstance(x, np.ndarray):
         return True
-    import torch
-
+    torch = sys.modules["torch"]  # an import statement, asked of every factor of every call, would cost more
     if type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu and x.layout == torch.strided and x.is_contiguous():
         # Most tensors by far, and asked of every factor of every call.
         count, held = x.numel(), x.untyped_storage().nbytes()

@@ -364,7 +364,6 @@ class _Order:
         start: list[int] = []
         rank: list[int] = []
         first: list[int] = []
-        rest: list[int] = []
         for number, tied in enumerate(cells):
             gains = tied.gains(spectra.squares)
             ranks = shaping.ranks(len(gains))
@@ -374,20 +373,22 @@ class _Order:
                     "change multiple_of, allowed_ranks or max_rank so that one of these is allowed"
                 )
             starts = [0, *ranks[:-1]]
-            if ranks[-1] == len(ranks):
+            single = ranks[-1] == len(ranks)  # every block is one component
+            if single:
                 gains = gains[: len(ranks)]
             else:
                 gains = [math.fsum(gains[low:high]) for low, high in zip(starts, ranks, strict=True)]
-            least = max(shaping.min_rank, *(m.min_rank for m in tied.members))
-            forced = bisect_left(ranks, min(least, ranks[-1])) + 1 if least else 0
-            first += range(len(score), len(score) + forced)
-            rest += range(len(score) + forced, len(score) + len(ranks))
+            if least := max(shaping.min_rank, *[m.min_rank for m in tied.members]):
+                forced = bisect_left(ranks, min(least, ranks[-1])) + 1
+                first += range(len(score), len(score) + forced)
             scores = _SCORES[budget.score](tied, starts, ranks, gains)
             # A block's mean can round above that of the block before it; within a cell the order is fixed.
-            score += scores if ranks[-1] == len(ranks) else accumulate(scores, min)
+            score += scores if single else accumulate(scores, min)
             cell += [number] * len(ranks)
             start += starts
             rank += ranks
+        mandatory = set(first)
+        rest = [i for i in range(len(score)) if i not in mandatory] if first else list(range(len(score)))
         # Blocks stand in natural order here, and sorting is stable, so that is how ties end.
         if budget.name == "rank":
             rest.sort(key=rank.__getitem__)
@@ -441,7 +442,10 @@ def _cells(modules: Sequence[ModuleSpectrum], uniform: str | None) -> list[_Cell
             if (node := root(node_of(module))) != tie:
                 parent[node] = tie
     cells: defaultdict[object, list[ModuleSpectrum]] = defaultdict(list)
-    for module in sorted(modules, key=lambda m: natural_key(m.name)):
+    in_order = sorted(modules, key=lambda m: natural_key(m.name))
+    if uniform is None and all(m.group is None for m in modules):
+        return [_Cell((module,)) for module in in_order]
+    for module in in_order:
         cells[root(node_of(module))].append(module)
     return [_Cell(tuple(members)) for members in cells.values()]
 

@@ -14,7 +14,7 @@ from ..arrays import Array
 from ..factors import LoraFactors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Truncated:
     """One module after stage 3.
 

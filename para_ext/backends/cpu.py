@@ -189,22 +189,24 @@ def truncate(
         else:
             bits = whole[code]
             outputs.append((bits[B : B + m * k].reshape(m, k), bits[A : A + k * n].reshape(k, n)))
-    certificates = _cpu.truncate(table, cores.scales, threads, ISA).tolist()
+    certificates = _cpu.truncate(table, cores.scales, threads, ISA)
+    lost, stretch_B, stretch_A, rounding_B, rounding_A, weighted_B, weighted_A = certificates.T
+    for i in np.flatnonzero(table[:, _NEW_RANK] == 0).tolist():
+        lost[i] = math.hypot(*cores.sigma(i).tolist())
 
     # What a Gram matrix in fp64 can hide: perturbing BᵀB by c·r·u moves ‖BX‖ by up to √(c·r·u)·‖B‖‖X‖.
-    floors = (np.sqrt(30 * UNIT_ROUNDOFF * table[:, _RANK]) * cores.betas).tolist()
-    errors = []
-    remeasure = []
-    for i, (lost, stretch_B, stretch_A, rounding_B, rounding_A, weighted_B, weighted_A) in enumerate(certificates):
-        if ranks[i] == 0:
-            lost = math.hypot(*cores.sigma(i).tolist())
+    floors = np.sqrt(30 * UNIT_ROUNDOFF * table[:, _RANK]) * cores.betas
+    with np.errstate(all="ignore"):  # an overflow in storage is refused by the caller, who knows the module's name
         rounding = stretch_B * weighted_A + stretch_A * weighted_B + rounding_B * rounding_A
         measured = lost + rounding
-        floor = floors[i]
-        errors.append(measured + floor)
+        errors = (measured + floors).tolist()
         # The sum is loose where one of its small terms is not small: hidden cancellation, or storage that underflows.
-        if floor > measured / 2 or (rounding > lost and rounding > 0.1 * math.hypot(*cores.sigma(i).tolist())):
-            remeasure.append(i)
+        hidden, rounded = floors > measured / 2, rounding > lost
+    remeasure = [
+        i
+        for i in np.flatnonzero(hidden | rounded).tolist()
+        if hidden[i] or rounding[i] > 0.1 * math.hypot(*cores.sigma(i).tolist())
+    ]
 
     def measure(i: int) -> float:
         from ..certificate import difference
@@ -216,8 +218,8 @@ def truncate(
     for i, error in zip(remeasure, map_single_threaded(measure, remeasure, threads), strict=True):
         errors[i] = min(errors[i], error)
     return [
-        Truncated(B, A, error, rounding_B, rounding_A)
-        for (B, A), error, (_, _, _, rounding_B, rounding_A, _, _) in zip(outputs, errors, certificates, strict=True)
+        Truncated(B, A, *numbers)
+        for (B, A), *numbers in zip(outputs, errors, rounding_B.tolist(), rounding_A.tolist(), strict=True)
     ]
 
 
