@@ -96,31 +96,119 @@ inline void gram_of_panel(const double* panel, int64_t count, int64_t strips, in
     }
 }
 
-// G [width, width] of the rows of x. Scratch: panel [strips, APART], gram_levels(rows) buffers of [width, width]; the
-// result is left in the first.
-template <class T>
-void gram(const View<T>& x, int64_t width, double* panel, double* levels) {
-    const int64_t size = width * width, strips = (x.cols + STRIP - 1) / STRIP;
+// Narrow factors (r ≤ NARROW): eight rows a step, one in each lane, so that a pair of columns is one multiply-add and
+// those left of the diagonal are none. Blocks of the matrix, as above, would take 24 instead of 17 a row at r = 16.
+constexpr int64_t NARROW = 16;
+constexpr int64_t NARROW_BLOCK = 64 * PANEL;
+constexpr int64_t NARROW_APART = NARROW * STRIP;
+constexpr int NARROW_ROWS = PART == 8 ? 4 : 2, NARROW_COLUMNS = 4;  // pairs of columns in registers
+
+// lanes [NARROW, NARROW][LANES] gain the products of columns from `row` on with those from `column` on, where those lie
+// SHIFT or more further on; `fresh`: are set to them. panel: [steps · LANES / STRIP strips of rows][NARROW][STRIP].
+template <int SHIFT>
+inline void narrow_tile(const double* panel, int64_t steps, int64_t row, int64_t column, bool fresh, double* lanes) {
+    for (int64_t q = 0; q < LANES / PART; ++q) {
+        Part sum[NARROW_ROWS][NARROW_COLUMNS];
+        PARA_UNROLL
+        for (int t = 0; t < NARROW_ROWS * NARROW_COLUMNS; ++t) {
+            sum[t / NARROW_COLUMNS][t % NARROW_COLUMNS] = part(0);
+        }
+        const double* x = panel + q / PARTS * NARROW_APART + q % PARTS * PART;
+        for (int64_t s = 0; s < steps; ++s, x += LANES / STRIP * NARROW_APART) {
+            Part right[NARROW_COLUMNS];
+            PARA_UNROLL
+            for (int j = 0; j < NARROW_COLUMNS; ++j) right[j] = load_part(x + (column + j) * STRIP);
+            PARA_UNROLL
+            for (int i = 0; i < NARROW_ROWS; ++i) {
+                const Part left = load_part(x + (row + i) * STRIP);
+                PARA_UNROLL
+                for (int j = 0; j < NARROW_COLUMNS; ++j) {
+                    if (j >= i + SHIFT) sum[i][j] = fma_exact(left, right[j], sum[i][j]);
+                }
+            }
+        }
+        PARA_UNROLL
+        for (int i = 0; i < NARROW_ROWS; ++i) {
+            PARA_UNROLL
+            for (int j = 0; j < NARROW_COLUMNS; ++j) {
+                if (j < i + SHIFT) continue;
+                double* to = lanes + ((row + i) * NARROW + column + j) * LANES + q * PART;
+                store(to, fresh ? sum[i][j] : load_part(to) + sum[i][j]);
+            }
+        }
+    }
+}
+
+inline void gram_of_narrow_panel(const double* panel, int64_t steps, int64_t r, bool fresh, Ahead ahead,
+                                 double* lanes) {
+    const int64_t tiles = (r + NARROW_ROWS - 1) / NARROW_ROWS * ((r + NARROW_COLUMNS - 1) / NARROW_COLUMNS);
+    const int64_t lines = 2 * ahead.lines() / tiles + 1;  // for every tile
+    for (int64_t row = 0; row < r; row += NARROW_ROWS) {
+        for (int64_t column = row / NARROW_COLUMNS * NARROW_COLUMNS; column < r; column += NARROW_COLUMNS) {
+            ahead.fetch(lines);
+            if (column > row) {
+                narrow_tile<1 - NARROW_ROWS>(panel, steps, row, column, fresh, lanes);
+            } else if (column == row) {
+                narrow_tile<0>(panel, steps, row, column, fresh, lanes);
+            } else {
+                narrow_tile<NARROW_COLUMNS - NARROW_ROWS>(panel, steps, row, column, fresh, lanes);
+            }
+        }
+    }
+}
+
+// levels [size] each ← a fixed pairwise tree of the sums that add_block(begin, end, sum) sets, left in the first.
+template <class AddBlock>
+void sum_of_blocks(int64_t rows, int64_t block, int64_t size, double* levels, AddBlock add_block) {
     int64_t depth = 0;  // partial sums on the stack; they cover blocks like the binary digits of their count
     int64_t blocks = 0;
-    for (int64_t begin = 0; begin < x.rows; begin += BLOCK) {
-        const int64_t end = begin + BLOCK < x.rows ? begin + BLOCK : x.rows;
-        for (int64_t first = begin; first < end; first += PANEL) {
-            const int64_t count = end - first < PANEL ? end - first : PANEL;
-            const int64_t next = first + PANEL, coming = x.rows - next < PANEL ? x.rows - next : PANEL;
-            pack_strips(x, first, count, 0, strips, panel, APART, STRIP);
-            gram_of_panel(panel, count, strips, width, first == begin, Ahead(x, next, coming, 0, x.cols),
-                          levels + depth * size);
-        }
+    for (int64_t begin = 0; begin < rows; begin += block) {
+        const int64_t end = begin + block < rows ? begin + block : rows;
+        add_block(begin, end, levels + depth * size);
         ++depth;
         ++blocks;
-        for (int64_t digit = blocks; depth > 1 && (end == x.rows || digit % 2 == 0); digit /= 2) {
+        for (int64_t digit = blocks; depth > 1 && (end == rows || digit % 2 == 0); digit /= 2) {
             double* into = levels + (depth - 2) * size;
             const double* from = levels + (depth - 1) * size;
             for (int64_t i = 0; i < size; i += LANES) store(into + i, load(into + i) + load(from + i));
             --depth;
         }
     }
+}
+
+// G [width, width] of the rows of x. Scratch: panel [panel_words(width)], gram_levels(rows) buffers of [width, width];
+// the result is left in the first.
+template <class T>
+void gram(const View<T>& x, int64_t width, double* panel, double* levels) {
+    const int64_t r = x.cols, strips = (r + STRIP - 1) / STRIP;
+    // Calls panel_of(first, count, ahead): rows first … first + count of x, and those to be fetched meanwhile.
+    const auto by_panels = [&](int64_t begin, int64_t end, auto panel_of) {
+        for (int64_t first = begin; first < end; first += PANEL) {
+            const int64_t next = first + PANEL, coming = x.rows - next < PANEL ? x.rows - next : PANEL;
+            panel_of(first, end - first < PANEL ? end - first : PANEL, Ahead(x, next, coming, 0, r));
+        }
+    };
+    if (r > NARROW) {
+        sum_of_blocks(x.rows, BLOCK, width * width, levels, [&](int64_t begin, int64_t end, double* sum) {
+            by_panels(begin, end, [&](int64_t first, int64_t count, Ahead ahead) {
+                pack_strips(x, first, count, 0, strips, panel, APART, STRIP);
+                gram_of_panel(panel, count, strips, width, first == begin, ahead, sum);
+            });
+        });
+        return;
+    }
+    double* lanes = panel + PANEL * NARROW;
+    for (int64_t i = 0; i < PANEL * NARROW; ++i) panel[i] = 0;  // columns from r on stay so
+    sum_of_blocks(x.rows, NARROW_BLOCK, width * width, levels, [&](int64_t begin, int64_t end, double* out) {
+        by_panels(begin, end, [&](int64_t first, int64_t count, Ahead ahead) {
+            const int64_t steps = (count + LANES - 1) / LANES;
+            pack_strips(x.transposed(), 0, r, first, steps * LANES / STRIP, panel, NARROW_APART, STRIP);
+            gram_of_narrow_panel(panel, steps, r, first == begin, ahead, lanes);
+        });
+        for (int64_t i = 0; i < r; ++i) {
+            for (int64_t j = i; j < r; ++j) out[i * width + j] = sum(load(lanes + (i * NARROW + j) * LANES));
+        }
+    });
 }
 
 inline int64_t gram_levels(int64_t rows) {
@@ -203,11 +291,17 @@ inline void product_transposed(const double* x, int64_t rows, const double* y, i
     });
 }
 
+// Doubles of a panel, and of the lanes of a narrow one.
+inline int64_t panel_words(int64_t width) {
+    const int64_t narrow = PANEL * NARROW + NARROW * NARROW * LANES, wide = width / STRIP * APART;
+    return narrow > wide ? narrow : wide;
+}
+
 // Doubles of scratch that cores() needs for a module.
 inline int64_t cores_scratch(const Problem& p) {
     const int64_t width = round_up(p.rank(), LANES);
     const int64_t rows = p.b.rows > p.a.cols ? p.b.rows : p.a.cols;
-    return width / STRIP * APART + gram_levels(rows) * width * width + width;
+    return panel_words(width) + gram_levels(rows) * width * width + width;
 }
 
 // Returns 0, or 1 if B, 2 if A holds a NaN or an infinity, 3 if M overflows: in fp64 the squares of ≤ 32-bit data can't
@@ -215,7 +309,7 @@ inline int64_t cores_scratch(const Problem& p) {
 inline int cores(const Problem& p, double* scratch) {
     const int64_t r = p.rank(), width = round_up(r, LANES);
     double* panel = scratch;
-    double* levels = panel + width / STRIP * APART;
+    double* levels = panel + panel_words(width);
     const int64_t rows = p.b.rows > p.a.cols ? p.b.rows : p.a.cols;
     double* scale = levels + gram_levels(rows) * width * width;
     const Core& core = p.core;

@@ -185,6 +185,7 @@ struct View {
     int64_t rows, cols, row_stride, col_stride;
 
     const typename T::Storage* at(int64_t i, int64_t j) const { return data + i * row_stride + j * col_stride; }
+    View transposed() const { return {data, cols, rows, col_stride, row_stride}; }
 };
 
 // Calls work(View) with x, or with its transpose.
@@ -215,7 +216,8 @@ void pack_across(const View<T>& x, int64_t first, int64_t count, int64_t left, i
                  int64_t apart, int64_t step) {
     const int64_t all = strips * PARTS, there = (x.cols - left) / PART;
     const int64_t whole = there < all ? there : all, rest = whole < all ? x.cols - left - whole * PART : 0;
-    const int64_t together = x.row_stride == x.cols ? 16 : 1;
+    // In locals: a store might change what x refers to, for all that the compiler knows.
+    const int64_t down = x.row_stride, together = down <= 256 ? 16 : 1;
     for (int64_t begin = 0; begin < count; begin += together) {
         const int64_t rows = count - begin < together ? count - begin : together;
         const typename T::Storage* from = x.at(first + begin, left);
@@ -225,14 +227,15 @@ void pack_across(const View<T>& x, int64_t first, int64_t count, int64_t left, i
             for (int64_t q = 0; q < whole; ++q) store(place(q), T::load(from + q * PART));
         } else {
             for (int64_t q = 0; q < whole; ++q) {
+                const typename T::Storage* line = from + q * PART;
+                double* to = place(q);
                 PARA_UNROLL_SOME
-                for (int64_t i = 0; i < rows; ++i) {
-                    store(place(q) + i * step, T::load(from + i * x.row_stride + q * PART));
-                }
+                for (int64_t i = 0; i < rows; ++i, line += down, to += step) store(to, T::load(line));
             }
         }
+        if (whole == all) continue;
         for (int64_t i = 0; i < rows; ++i) {
-            if (rest > 0) store(place(whole) + i * step, load_some<T>(from + i * x.row_stride + whole * PART, rest));
+            if (rest > 0) store(place(whole) + i * step, load_some<T>(from + i * down + whole * PART, rest));
             for (int64_t q = whole + (rest > 0); q < all; ++q) store(place(q) + i * step, part(0));
         }
     }
@@ -242,25 +245,36 @@ void pack_across(const View<T>& x, int64_t first, int64_t count, int64_t left, i
 template <class T>
 void pack_down(const View<T>& x, int64_t first, int64_t count, int64_t left, int64_t strips, double* out, int64_t apart,
                int64_t step) {
+    const int64_t next = x.col_stride;
+    const typename T::Storage* end = x.at(x.rows - 1, x.cols - 1) + 1;
     for (int64_t q = 0; q < strips * PARTS; ++q) {
         double* to = out + q / PARTS * apart + q % PARTS * PART;
         const int64_t column = left + q * PART, given = x.cols - column;
         int64_t i = 0;
         if (given >= PART) {
             const typename T::Storage* from = x.at(first, column);
-            for (; i + PART <= count; i += PART) {
-                Part block[PART];
+            Part block[PART];
+            for (; i + PART <= count; i += PART, from += PART, to += PART * step) {
                 PARA_UNROLL
-                for (int c = 0; c < PART; ++c) block[c] = T::load(from + i + c * x.col_stride);
+                for (int c = 0; c < PART; ++c) block[c] = T::load(from + c * next);
                 transpose(block);
                 PARA_UNROLL
-                for (int t = 0; t < PART; ++t) store(to + (i + t) * step, block[t]);
+                for (int t = 0; t < PART; ++t) store(to + t * step, block[t]);
+            }
+            if (i < count) {
+                // What is loaded of a neighbour's elements is not stored.
+                for (int c = 0; c < PART; ++c) {
+                    const typename T::Storage* line = from + c * next;
+                    block[c] = end - line >= PART ? T::load(line) : load_some<T>(line, count - i);
+                }
+                transpose(block);
+                for (int64_t t = 0; i < count; ++i, ++t) store(to + t * step, block[t]);
             }
         }
-        for (; i < count; ++i) {
+        for (; i < count; ++i, to += step) {
             typename T::Storage line[PART] = {};
             for (int64_t c = 0; c < PART && c < given; ++c) line[c] = *x.at(first + i, column + c);
-            store(to + i * step, T::load(line));
+            store(to, T::load(line));
         }
     }
 }
