@@ -101,7 +101,7 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
 
 def as_tensors(f: LoraFactors) -> LoraFactors:
     """The same factors as torch tensors."""
-    return replace(f, B=as_tensor(f.B), A=as_tensor(f.A))
+    return f if is_tensor(f.B) and is_tensor(f.A) else replace(f, B=as_tensor(f.B), A=as_tensor(f.A))
 
 
 def written_code(A: Array, B: Array, code: str | None) -> str:

@@ -9,7 +9,6 @@ is the global rule of PARA (arXiv 2604.27796).
 from __future__ import annotations
 
 import math
-import operator
 import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -18,9 +17,12 @@ from dataclasses import asdict, dataclass, fields
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate, chain, zip_longest
+from itertools import chain, zip_longest
 from numbers import Integral
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .errors import ParaError, shown
 from .naming import module_type, natural_key
@@ -144,9 +146,9 @@ def plan(
         value=float(budget.value) if isinstance(budget.value, Fraction) else budget.value,
         score=budget.score,
         shaping=shaping.given,
-        threshold=order.score[taken - 1] if scored else None,
-        smallest_kept=order.component(min(reversed(range(taken)), key=order.score.__getitem__, default=None)),
-        largest_dropped=order.component(max(range(taken, len(order)), key=order.score.__getitem__, default=None)),
+        threshold=order.score[taken - 1].item() if scored else None,
+        smallest_kept=order.component(taken - 1 - order.score[:taken][::-1].argmin().item()) if taken else None,
+        largest_dropped=order.component(taken + order.score[taken:].argmax().item()) if taken < len(order) else None,
         energy=kept.energy,
         error=kept.error,
         errors=kept.errors,
@@ -204,12 +206,25 @@ class _Shaping:
         """The arguments that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
-    def ranks(self, available: int) -> Sequence[int]:
-        """The ranks above 0 that a cell with so many components may take, ascending."""
+    @cached_property
+    def by_one(self) -> bool:
+        """Whether a cell may take every rank up to its largest: every block is one component."""
+        return self.multiple_of == 1 and self.allowed_ranks is None
+
+    @cached_property
+    def allowed(self) -> list[int]:
+        return [k for k in self.allowed_ranks or () if k % self.multiple_of == 0]
+
+    def count(self, available: int) -> int:
+        """How many ranks above 0 a cell with so many components may take."""
         most = available if self.max_rank is None else min(available, self.max_rank)
+        return most // self.multiple_of if self.allowed_ranks is None else bisect_right(self.allowed, most)
+
+    def ranks(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ranks with these numbers, ascending from number 0."""
         if self.allowed_ranks is None:
-            return range(self.multiple_of, most + 1, self.multiple_of)
-        return [k for k in self.allowed_ranks if k <= most and k % self.multiple_of == 0]
+            return (numbers + 1) * self.multiple_of
+        return np.array(self.allowed, dtype=np.int64)[numbers]
 
 
 @dataclass(frozen=True)
@@ -304,124 +319,163 @@ class _Cell:
     def size(self) -> int:
         return len(self.members)
 
-    @cached_property
+    @property
     def width(self) -> int:
-        return sum(m.m + m.n for m in self.members)
+        return sum([m.m + m.n for m in self.members])
 
-    def gains(self, squares: Mapping[str, Sequence[float]]) -> Sequence[float]:
+    def components(self, columns: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         """Σσ² of each component; a member with fewer components than another counts as zero there."""
         if self.size == 1:
-            return squares[self.name]
-        return [math.fsum(c) for c in zip_longest(*(squares[m.name] for m in self.members), fillvalue=0.0)]
+            return columns[self.name]
+        rows = zip_longest(*(columns[m.name].tolist() for m in self.members), fillvalue=0.0)
+        return np.array([math.fsum(row) for row in rows])
 
 
-def _score_sigma(cell: _Cell, starts: Sequence[int], ranks: Sequence[int], gains: Sequence[float]) -> list[float]:
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks as columns, [blocks] each: 50,000 objects would cost more than the sorting.
+
+    Attributes:
+        cell: which cell each is of.
+        start, rank: it holds the cell's components ``start`` to ``rank - 1``.
+        gain: its Σσ².
+        sigma: where it is one component of one module, its σ.
+        size, width: of its cell.
+    """
+
+    cell: NDArray[np.int64]
+    start: NDArray[np.int64]
+    rank: NDArray[np.int64]
+    gain: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+    size: NDArray[np.int64]
+    width: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, cells: Sequence[_Cell], spectra: Spectra, shaping: _Shaping) -> _Blocks:
+        """All blocks that the shaping allows, cell after cell, by rank.
+
+        Raises:
+            ParaError: a cell may take no rank at all.
+        """
+        components = [cell.components(spectra.squares) for cell in cells]
+        available = [len(gains) for gains in components]
+        counts = [shaping.count(n) for n in available]
+        for tied, count, n in zip(cells, counts, available, strict=True):
+            if not count:
+                raise ParaError(
+                    f"module '{tied.name}' can take no rank from 1 to {n}, all it has: "
+                    "change multiple_of, allowed_ranks or max_rank so that one of these is allowed"
+                )
+        cell = np.repeat(np.arange(len(cells)), counts)
+        number = _positions(counts)
+        rank = shaping.ranks(number)
+        start = np.where(number > 0, np.roll(rank, 1), 0)
+        first = _starts(available)[cell] + start
+        flat = _joined(components)
+        sigma = _joined([spectra.columns[c.name] if c.size == 1 else g for c, g in zip(cells, components, strict=True)])
+        if shaping.by_one:
+            gain = flat[first]
+        else:
+            low, high = first.tolist(), (first + rank - start).tolist()
+            gain = np.array([math.fsum(flat[i:j].tolist()) for i, j in zip(low, high, strict=True)])
+        size, width = np.array([(c.size, c.width) for c in cells], dtype=np.int64).reshape(-1, 2)[cell].T
+        return cls(cell, start, rank, gain, sigma[first], size, width)
+
+    def __getitem__(self, order: NDArray[np.int64]) -> _Blocks:
+        return _Blocks(*(getattr(self, f.name)[order] for f in fields(self)))
+
+    @property
+    def height(self) -> NDArray[np.int64]:
+        return self.rank - self.start
+
+
+def _score_sigma(blocks: _Blocks) -> NDArray[np.float64]:
     """Root mean square of each block's σ; for one component of one module σ itself, without a round trip."""
-    size, sigma = cell.size, cell.members[0].sigma
-    if size == 1 and ranks[-1] == len(ranks):
-        return list(sigma[: len(ranks)])
-    return [
-        sigma[start] if size * (rank - start) == 1 else math.sqrt(gain / (size * (rank - start)))
-        for start, rank, gain in zip(starts, ranks, gains, strict=True)
-    ]
+    count = blocks.size * blocks.height
+    return np.where(count == 1, blocks.sigma, np.sqrt(blocks.gain / count))
 
 
-def _score_density(cell: _Cell, starts: Sequence[int], ranks: Sequence[int], gains: Sequence[float]) -> list[float]:
+def _score_density(blocks: _Blocks) -> NDArray[np.float64]:
     """Σσ² per parameter of each block."""
-    width = cell.width
-    if ranks[-1] == len(ranks):
-        return [gain / width for gain in gains]
-    return [gain / (width * (rank - start)) for start, rank, gain in zip(starts, ranks, gains, strict=True)]
+    score: NDArray[np.float64] = blocks.gain / (blocks.width * blocks.height)
+    return score
 
 
-# A score sees a cell and, per block, the rank before it, the rank with it, and its Σσ².
 _SCORES = {"sigma": _score_sigma, "density": _score_density}
 
 
 @dataclass(frozen=True)
 class _Order:
-    """All blocks in the order in which they are taken, as columns: 50,000 objects would cost more than the sorting.
+    """All blocks in the order in which they are taken.
 
     Attributes:
         cells: in natural order.
         mandatory: how many blocks at the front are what ``min_rank`` asks for.
-        score, cell, start, rank: [blocks] block i takes components ``start[i]`` to ``rank[i] - 1`` of cell ``cell[i]``.
+        blocks, score: [blocks] in order.
     """
 
     spectra: Spectra
     cells: list[_Cell]
     mandatory: int
-    score: list[float]
-    cell: list[int]
-    start: list[int]
-    rank: list[int]
+    blocks: _Blocks
+    score: NDArray[np.float64]
 
     @classmethod
     def of(cls, spectra: Spectra, shaping: _Shaping, budget: _Budget) -> _Order:
         cells = _cells(spectra.modules, shaping.uniform)
-        score: list[float] = []
-        cell: list[int] = []
-        start: list[int] = []
-        rank: list[int] = []
-        first: list[int] = []
-        for number, tied in enumerate(cells):
-            gains = tied.gains(spectra.squares)
-            ranks = shaping.ranks(len(gains))
-            if not ranks:
-                raise ParaError(
-                    f"module '{tied.name}' can take no rank from 1 to {len(gains)}, all it has: "
-                    "change multiple_of, allowed_ranks or max_rank so that one of these is allowed"
-                )
-            starts = [0, *ranks[:-1]]
-            single = ranks[-1] == len(ranks)  # every block is one component
-            if single:
-                gains = gains[: len(ranks)]
-            else:
-                gains = [math.fsum(gains[low:high]) for low, high in zip(starts, ranks, strict=True)]
-            if least := max(shaping.min_rank, *[m.min_rank for m in tied.members]):
-                forced = bisect_left(ranks, min(least, ranks[-1])) + 1
-                first += range(len(score), len(score) + forced)
-            scores = _SCORES[budget.score](tied, starts, ranks, gains)
+        blocks = _Blocks.of(cells, spectra, shaping)
+        score = _SCORES[budget.score](blocks)
+        if not shaping.by_one:
             # A block's mean can round above that of the block before it; within a cell the order is fixed.
-            score += scores if single else accumulate(scores, min)
-            cell += [number] * len(ranks)
-            start += starts
-            rank += ranks
-        mandatory = set(first)
-        rest = [i for i in range(len(score)) if i not in mandatory] if first else list(range(len(score)))
+            for mine in np.split(score, np.flatnonzero(blocks.start == 0)[1:]):
+                np.minimum.accumulate(mine, out=mine)
+        least = [max([shaping.min_rank, *[m.min_rank for m in cell.members]]) for cell in cells]
+        forced = blocks.start < np.array(least, dtype=np.int64)[blocks.cell]
         # Blocks stand in natural order here, and sorting is stable, so that is how ties end.
-        if budget.name == "rank":
-            rest.sort(key=rank.__getitem__)
-        else:
-            rest.sort(key=score.__getitem__, reverse=True)
-        order = first + rest
-        return cls(
-            spectra,
-            cells,
-            len(first),
-            list(map(score.__getitem__, order)),
-            list(map(cell.__getitem__, order)),
-            list(map(start.__getitem__, order)),
-            list(map(rank.__getitem__, order)),
-        )
+        key = blocks.rank if budget.name == "rank" else -score
+        order = np.lexsort((key, ~forced)) if forced.any() else np.argsort(key, kind="stable")
+        mandatory = int(forced.sum())
+        order[:mandatory].sort()
+        return cls(spectra, cells, mandatory, blocks[order], score[order])
 
     def __len__(self) -> int:
         return len(self.score)
 
+    @cached_property
+    def homes(self) -> list[int]:
+        """The cell of every module, in the order of the spectra."""
+        home = {m.name: i for i, cell in enumerate(self.cells) for m in cell.members}
+        return [home[m.name] for m in self.spectra.modules]
+
     def ranks(self, taken: int) -> dict[str, int]:
         """Ranks of all modules when the first ``taken`` blocks are kept."""
-        reached = dict(zip(self.cell[:taken], self.rank[:taken], strict=True))  # the last block of a cell wins
-        named = {m.name: reached.get(i, 0) for i, cell in enumerate(self.cells) for m in cell.members}
-        return {m.name: named[m.name] for m in self.spectra.modules}
+        reached = np.zeros(len(self.cells), dtype=np.int64)
+        np.maximum.at(reached, self.blocks.cell[:taken], self.blocks.rank[:taken])
+        return dict(zip(self.spectra.squares, reached[self.homes].tolist(), strict=True))
 
-    def component(self, block: int | None) -> Component | None:
-        if block is None:
-            return None
-        return Component(self.cells[self.cell[block]].name, self.start[block], self.score[block])
+    def component(self, block: int) -> Component:
+        cell, start = self.blocks.cell[block].item(), self.blocks.start[block].item()
+        return Component(self.cells[cell].name, start, self.score[block].item())
 
     def energy(self, taken: int) -> Fraction:
         """Σσ² of the first ``taken`` blocks, correctly rounded."""
         return Fraction(_kept(self.spectra, self.ranks(taken)))
+
+
+def _positions(counts: Sequence[int]) -> NDArray[np.int64]:
+    """0 … count − 1 for every count, one after the other."""
+    return np.arange(sum(counts)) - np.repeat(_starts(counts), counts)
+
+
+def _starts(counts: Sequence[int]) -> NDArray[np.int64]:
+    """How many come before each."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return ends - np.array(counts, dtype=np.int64)
+
+
+def _joined(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    return np.concatenate(arrays) if arrays else np.zeros(0)
 
 
 def _cells(modules: Sequence[ModuleSpectrum], uniform: str | None) -> list[_Cell]:
@@ -460,32 +514,40 @@ def _prefix(order: _Order, budget: _Budget) -> int:
         return len(order)
     if budget.name == "energy":
         target = limit * Fraction(order.spectra.energy)
-        prefixes = range(order.mandatory, len(order))
-        return order.mandatory + bisect_left(prefixes, True, key=lambda taken: order.energy(taken) >= target)
+        # Sums in fp64 leave few prefixes in doubt; those are summed exactly.
+        sums = np.concatenate([[0.0], order.blocks.gain.cumsum()])
+        doubt = len(order) * 2.0**-52 * order.spectra.energy
+        low, high = np.searchsorted(sums, [float(target) - doubt, float(target) + doubt]).tolist()
+        prefixes = range(max(order.mandatory, low), max(order.mandatory, min(high, len(order))))
+        return prefixes.start + bisect_left(prefixes, True, key=lambda taken: order.energy(taken) >= target)
+    if budget.name == "size":
+        return bisect_right(range(len(order)), limit, key=lambda i: _bytes_of(order, i + 1))
     if budget.name == "keep":
         limit = math.floor(limit * order.spectra.parameters)
     elif budget.name == "threshold":
         limit = -limit
-    return bisect_right(range(len(order)), limit, key=_cost(order, budget.name))
+    return bisect_right(_costs(order, budget.name), limit)
 
 
-def _cost(order: _Order, budget: str | None) -> Callable[[int], float]:
-    """What the prefix that ends with block i costs, in the budget's unit; it never falls with i."""
-    costs: Iterable[float]
-    if budget == "size":
-        layout = order.spectra.layout
-        if layout is None:
-            raise ParaError("size is given, but these spectra come without the layout of a file: give params instead")
-        return lambda i: layout.bytes(order.ranks(i + 1))
+def _bytes_of(order: _Order, taken: int) -> int:
+    layout = order.spectra.layout
+    if layout is None:
+        raise ParaError("size is given, but these spectra come without the layout of a file: give params instead")
+    return layout.bytes(order.ranks(taken))
+
+
+def _costs(order: _Order, budget: str | None) -> NDArray[Any]:
+    """[blocks] what the prefix that ends with each block costs, in the budget's unit; they never fall."""
+    blocks = order.blocks
     if budget == "threshold":
-        costs = chain([-math.inf] * order.mandatory, (-score for score in order.score[order.mandatory :]))
-    elif budget == "rank":
-        costs = accumulate(order.rank, max)
-    else:
-        price = [cell.size if budget == "total_rank" else cell.width for cell in order.cells]
-        heights = map(operator.sub, order.rank, order.start)
-        costs = accumulate(map(operator.mul, map(price.__getitem__, order.cell), heights))
-    return list(costs).__getitem__
+        free = np.arange(len(order)) < order.mandatory
+        return np.where(free, -np.inf, -order.score)
+    if budget == "rank":
+        return np.maximum.accumulate(blocks.rank)
+    price = blocks.size if budget == "total_rank" else blocks.width
+    # In Python's integers where those of the machine might not do.
+    exact = np.multiply(price, blocks.height, dtype=np.float64).sum() < 2.0**62
+    return (price.astype(np.int64 if exact else object) * blocks.height).cumsum()
 
 
 def _check_feasible(order: _Order, budget: _Budget, taken: int) -> None:
@@ -505,7 +567,7 @@ def _check_feasible(order: _Order, budget: _Budget, taken: int) -> None:
     least = max(order.mandatory, min(1, len(order)))
     if taken >= least:
         return
-    need = _cost(order, name)(least - 1)
+    need = _bytes_of(order, least) if name == "size" else np.asarray(_costs(order, name)[least - 1]).item()
     if name == "threshold":
         raise ParaError(f"{asked} is above every score, so nothing is kept: the largest feasible is threshold={-need}")
     smallest = str(need)
@@ -532,7 +594,7 @@ class _Outcome:
 
     @classmethod
     def of(cls, spectra: Spectra, ranks: dict[str, int]) -> _Outcome:
-        dropped = {name: squares[ranks[name] :] for name, squares in spectra.squares.items()}
+        dropped = {name: squares[ranks[name] :].tolist() for name, squares in spectra.squares.items()}
         return cls(
             ranks,
             _kept(spectra, ranks) / spectra.energy if spectra.energy else 1.0,
@@ -544,4 +606,4 @@ class _Outcome:
 
 def _kept(spectra: Spectra, ranks: Mapping[str, int]) -> float:
     """Σσ² that these ranks keep, correctly rounded."""
-    return math.fsum(chain.from_iterable(squares[: ranks[name]] for name, squares in spectra.squares.items()))
+    return math.fsum(chain.from_iterable(squares[: ranks[name]].tolist() for name, squares in spectra.squares.items()))

@@ -8,9 +8,12 @@ import operator
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .errors import ParaError
 from .layout import LARGEST, FileLayout, checked
@@ -93,14 +96,21 @@ class Spectra:
         return sum(module.rank * (module.m + module.n) for module in self.modules)
 
     @cached_property
-    def squares(self) -> dict[str, list[float]]:
+    def columns(self) -> dict[str, NDArray[np.float64]]:
+        """σ of every module, by name, in the order of the modules."""
+        values = np.fromiter(chain.from_iterable(module.sigma for module in self.modules), np.float64)
+        ends = accumulate(len(module.sigma) for module in self.modules)
+        return {m.name: values[end - len(m.sigma) : end] for m, end in zip(self.modules, ends, strict=True)}
+
+    @cached_property
+    def squares(self) -> dict[str, NDArray[np.float64]]:
         """σ² of every module, by name: what each component adds to ‖ΔW‖_F²."""
-        return {module.name: [s * s for s in module.sigma] for module in self.modules}
+        return {name: sigma * sigma for name, sigma in self.columns.items()}
 
     @cached_property
     def energy(self) -> float:
         """Σσ² over all modules, ‖ΔW‖_F² of the adapter, correctly rounded."""
-        return math.fsum(chain.from_iterable(self.squares.values()))
+        return math.fsum(chain.from_iterable(squares.tolist() for squares in self.squares.values()))
 
     def plan(self, **kwargs: Any) -> Plan:
         """Ranks for one budget; the arguments are those of :func:`para_ext.plan.plan`."""

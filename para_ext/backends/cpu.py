@@ -71,10 +71,10 @@ class Cores:
 
 def supports(factors: LoraFactors) -> bool:
     """Whether this backend takes the module: data on the CPU, of at most 32 bits."""
-    (m, r), n = factors.B.shape, factors.A.shape[1]
+    A, B, r = factors.A, factors.B, factors.rank
     # The core of a rank far above min(m, n) would be all zeros, but of its full size here.
-    small = r <= LARGEST_NATIVE_RANK or r <= min(m, n)
-    return small and all(code_of(x) in _TYPES and _plain(x) for x in (factors.A, factors.B))
+    small = r <= LARGEST_NATIVE_RANK or r <= min(factors.m, factors.n)
+    return small and code_of(A) in _TYPES and code_of(B) in _TYPES and _plain(A) and _plain(B)
 
 
 def _plain(x: Array) -> bool:
