@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from machine import back, floor, rates
+from machine import back, floor, rates, rest
 from measure import seconds
 from plain_torch import compress_pairs, compress_pairs_gram
 from shapes import LLAMA_3_8B, MINILM_L6, ROBERTA_BASE, SDXL_UNET, Shapes, layers, trained_like
@@ -196,6 +196,7 @@ def test_core_svd(benchmark: Any, rank: int) -> None:
     def torch_ways() -> None:
         for way, call in ways.items():
             times[way].append(seconds(call))
+            rest()
 
     benchmark.group = "core SVD"
 

@@ -82,4 +82,9 @@ def back(size: int) -> None:
     """Touch and free as much memory: a virtual machine's host takes free pages away within seconds, and getting them
     back costs more than all that we time."""
     np.ones(size, np.uint8)  # not torch.ones, whose threads spin on into what is timed next
-    time.sleep(0.02)  # as those of the last call may
+    rest()
+
+
+def rest() -> None:
+    """Wait until the last call's threads have come to rest: OpenMP's spin on for a while when there is no work left."""
+    time.sleep(0.02)

@@ -43,7 +43,7 @@ class Arena {
 #endif
         std::atomic<bool> slow{false};
         const size_t shift = (HUGE_PAGE - reinterpret_cast<uintptr_t>(data_) % HUGE_PAGE) % HUGE_PAGE;
-        const std::vector<double> pages((bytes + HUGE_PAGE - 1) / HUGE_PAGE + 1, 1.0);
+        const std::vector<double> pages((bytes + HUGE_PAGE - 1) / HUGE_PAGE + 1, 1e5);
         parallel_for(pages, threads, [&] {
             return [&](size_t i) {
                 const size_t first = i == 0 ? 0 : shift + (i - 1) * HUGE_PAGE;

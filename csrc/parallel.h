@@ -1,4 +1,5 @@
-// parallel_for: tasks over std::threads, largest first, the first exception rethrown after all have stopped.
+// parallel_for: tasks over std::threads, largest first, the first exception rethrown after all have stopped. Starting a
+// thread takes as long as a small adapter's stage, so there are no more than the work is worth.
 //
 // Tasks must not share anything they write; which thread runs a task never changes its result. Every thread works in
 // the default floating-point environment, so that a caller's flush-to-zero mode can't change a result either.
@@ -30,7 +31,9 @@ class DefaultFloatingPoint {
     std::fenv_t saved_;
 };
 
-// Calls make_worker() once per thread and the worker it returns once per task; `costs` decide the order only.
+constexpr double WORTH_A_THREAD = 1e5;  // nanoseconds
+
+// Calls make_worker() once per thread and the worker it returns once per task; `costs` are rough nanoseconds.
 template <class MakeWorker>
 void parallel_for(const std::vector<double>& costs, int threads, MakeWorker make_worker) {
     const size_t count = costs.size();
@@ -54,7 +57,9 @@ void parallel_for(const std::vector<double>& costs, int threads, MakeWorker make
     };
 
     std::vector<std::thread> others;
-    const size_t wanted = std::min<size_t>(static_cast<size_t>(std::max(threads, 1)), count);
+    const double worth = 1 + std::accumulate(costs.begin(), costs.end(), 0.0) / WORTH_A_THREAD;
+    const double allowed = std::max(threads, 1), tasks = static_cast<double>(count);
+    const auto wanted = static_cast<size_t>(std::min({worth, allowed, tasks}));
     try {
         for (size_t i = 1; i < wanted; ++i) others.emplace_back(run);
     } catch (const std::system_error&) {

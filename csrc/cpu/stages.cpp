@@ -28,7 +28,7 @@ std::vector<int32_t> cores(const std::vector<Problem>& problems, const Kernels& 
     std::vector<double> costs;
     for (const Problem& p : problems) {
         const double r = static_cast<double>(p.rank());
-        costs.push_back(static_cast<double>(p.b.rows + p.a.cols) * r * (r + 8) + r * r * r);
+        costs.push_back(static_cast<double>(p.b.rows + p.a.cols) * r * (r + 8) / 64 + r * r * r);
     }
     parallel_for(costs, threads, [&] {
         return [&, scratch = Scratch()](size_t i) mutable {
@@ -54,7 +54,7 @@ std::vector<int32_t> svd(const std::vector<Problem>& problems, const Kernels& ke
             tasks.push_back({width,
                              {modules.begin() + static_cast<std::ptrdiff_t>(first),
                               modules.begin() + static_cast<std::ptrdiff_t>(last)}});
-            costs.push_back(static_cast<double>(width) * static_cast<double>(width) * static_cast<double>(width));
+            costs.push_back(8 * static_cast<double>(width) * static_cast<double>(width) * static_cast<double>(width));
         }
     }
 
@@ -81,7 +81,7 @@ std::vector<Certificate> truncate(const std::vector<Problem>& problems, const Ke
     std::vector<Certificate> certificates(problems.size());
     std::vector<double> costs;
     for (const Problem& p : problems) {
-        costs.push_back(static_cast<double>(p.b.rows + p.a.cols) * static_cast<double>(p.rank() * (p.k + 8)));
+        costs.push_back(static_cast<double>(p.b.rows + p.a.cols) * static_cast<double>(p.rank() * (p.k + 8)) / 64);
     }
     parallel_for(costs, threads, [&] {
         return [&, scratch = Scratch()](size_t i) mutable {
