@@ -164,8 +164,8 @@ def checked_threads(threads: int | None) -> int:
     """How many threads to use: as asked, or PyTorch's setting."""
     if threads is None:
         return default_threads()
-    if type(threads) is not int or threads < 1:
-        raise ParaError(f"threads={shown(threads)} is out of range; give a whole number of at least 1")
+    if type(threads) is not int or not 1 <= threads < 2**31:
+        raise ParaError(f"threads={shown(threads)} is out of range; give a whole number of at least 1, below 2^31")
     return threads
 
 
@@ -201,11 +201,12 @@ def _fold_exactly(f: LoraFactors, code: str | None) -> Truncated | None:
     """A as it is and scale·B, of numpy arrays where nothing is rounded; otherwise None."""
     if not (isinstance(f.A, np.ndarray) and isinstance(f.B, np.ndarray)):
         return None
-    if abs(math.frexp(f.scale)[0]) != 0.5:
+    scale = float(f.scale)
+    if abs(math.frexp(scale)[0]) != 0.5:
         return None
     dtype = NUMPY[written_code(f.A, f.B, code)]
     with np.errstate(all="ignore"):
-        scaled = f.B.astype(np.float64) * f.scale
+        scaled = f.B.astype(np.float64) * scale
         B, A = scaled.astype(dtype, order="C"), f.A.astype(dtype, order="C")
     exact = np.array_equal(B.astype(np.float64), scaled) and np.array_equal(A, f.A)
     return Truncated(B, A, 0.0, 0.0, 0.0) if exact else None
@@ -219,7 +220,7 @@ def _fold_scale(f: LoraFactors, code: str | None) -> Truncated:
 
     dtype = torch_dtype(written_code(f.A, f.B, code))
     old_B, old_A = as_tensor(f.B), as_tensor(f.A)
-    scaled = old_B.to(torch.float64) * f.scale
+    scaled = old_B.to(torch.float64) * float(f.scale)
     B = scaled.to(dtype).contiguous()
     A = old_A.to(dtype, copy=True).contiguous()
     rounding_B = torch.linalg.vector_norm(B.to(torch.float64) - scaled).item()

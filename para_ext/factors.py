@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -92,11 +92,18 @@ def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
             raise ParaError(
                 f"module '{f.name}': A is on {device_of(f.A)}, B on {device_of(f.B)}; move both to one device"
             )
-        if not (type(f.scale) is float or isinstance(f.scale, Real)) or not abs(f.scale) <= sys.float_info.max:
+        if not (type(f.scale) is float or isinstance(f.scale, Real)) or not _finite(f.scale):
             raise ParaError(
                 f"module '{f.name}': its scale is {shown(f.scale)}; alpha and rank must give a finite number"
             )
     return checked
+
+
+def _finite(scale: Real | float) -> bool:
+    try:
+        return math.isfinite(scale)
+    except OverflowError:  # an integer or a fraction beyond every float
+        return False
 
 
 def as_tensors(f: LoraFactors) -> LoraFactors:

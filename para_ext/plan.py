@@ -516,7 +516,7 @@ def _prefix(order: _Order, budget: _Budget) -> int:
         target = limit * Fraction(order.spectra.energy)
         # Sums in fp64 leave few prefixes in doubt; those are summed exactly.
         sums = np.concatenate([[0.0], order.blocks.gain.cumsum()])
-        doubt = len(order) * 2.0**-52 * order.spectra.energy
+        doubt = len(order) * 2.0**-52 * order.spectra.energy + 2.0**-1070  # so that it isn't 0 among the smallest
         low, high = np.searchsorted(sums, [float(target) - doubt, float(target) + doubt]).tolist()
         prefixes = range(max(order.mandatory, low), max(order.mandatory, min(high, len(order))))
         return prefixes.start + bisect_left(prefixes, True, key=lambda taken: order.energy(taken) >= target)

@@ -6,9 +6,11 @@ import json
 import math
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from adapters import contents, factors, write_adapter
@@ -419,12 +421,14 @@ def test_a_scale_beyond_fp64_is_refused_by_name() -> None:
 
 def test_arguments_of_the_wrong_kind_are_refused() -> None:
     f = LoraFactors("x", torch.randn(20, 4), torch.randn(4, 30))
-    for threads in (0, -1, 1.5, "2"):
+    for threads in (0, -1, 1.5, "2", 2**31):
         with pytest.raises(ParaError, match="threads="):
             para_ext.decompose([f], threads=threads)  # type: ignore[arg-type]
-    for scale in (None, "1", 10**400):
+    for scale in (None, "1", 10**400, Fraction(10**400), np.float32("inf")):
         with pytest.raises(ParaError, match="its scale is"):
             para_ext.decompose([LoraFactors("x", f.B, f.A, scale)])  # type: ignore[arg-type]
+    third = para_ext.decompose([LoraFactors("x", f.B, f.A, Fraction(1, 3))])  # type: ignore[arg-type]
+    torch.testing.assert_close(third.truncate({"x": 4})[0].B, f.B / 3)
     d = para_ext.decompose([f])
     for rank in (-1, 1.5, None, 2**61):
         with pytest.raises(ParaError, match="its rank is"):

@@ -20,6 +20,7 @@ from para_ext.errors import ParaError
 from para_ext.factors import LoraFactors, as_tensors, check_factors
 from para_ext.formats import PeftAdapter, read_adapter, read_peft
 from para_ext.formats.output import CONFIG, PICKLED, WEIGHTS
+from para_ext.formats.peft import read_tensors
 
 peft = pytest.importorskip("peft", reason="PEFT writes and loads the adapters")
 
@@ -445,6 +446,15 @@ def test_a_type_that_cannot_be_written(tmp_path: Path) -> None:
     damage(folder, WEIGHTS, lambda old: old.replace(b'"U8","shape":[2]', b'"F4","shape":[4]'))
     with pytest.raises(ParaError, match="tensor 'head' has dtype F4, which cannot be written"):
         read_adapter(folder)
+
+
+def test_a_header_that_gives_a_key_twice_is_refused(tmp_path: Path) -> None:
+    entry = '"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    header = f"{{{entry}, {entry}}}".encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ParaError, match="a key twice"):
+        read_tensors(file)
 
 
 def test_a_tensor_given_twice(tmp_path: Path) -> None:

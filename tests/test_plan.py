@@ -761,6 +761,16 @@ def test_energy_in_doubt_is_summed_exactly() -> None:
             assert sum(spectra.plan(energy=energy).ranks.values()) == needed
 
 
+@pytest.mark.parametrize("sigma", [3e-162, 2.3e-162, 1e-160])
+def test_energy_of_the_smallest_spectra(sigma: float) -> None:
+    spectra = spectra_of(module("a", sigma, sigma, sigma))
+    squares = [sigma * sigma] * 3
+    for energy in (0.1, 0.3, 0.4, 0.6, 0.7, 1.0):
+        target = Fraction(str(energy)) * Fraction(math.fsum(squares))
+        needed = next(t for t in range(4) if Fraction(math.fsum(squares[:t])) >= target)
+        assert spectra.plan(energy=energy).ranks == {"a": needed}
+
+
 def test_truncated_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "spectra.json"
     spectra_of(module("a", 2, 1)).save(file)

@@ -101,12 +101,14 @@ inline void gram_of_panel(const double* panel, int64_t count, int64_t strips, in
 constexpr int64_t NARROW = 16;
 constexpr int64_t NARROW_BLOCK = 64 * PANEL;
 constexpr int64_t NARROW_APART = NARROW * STRIP;
-constexpr int NARROW_ROWS = PART == 8 ? 4 : 2, NARROW_COLUMNS = 4;  // pairs of columns in registers
+constexpr int NARROW_ROWS = PART == 8 ? 4 : PART == 4 ? 3 : 2, NARROW_COLUMNS = 4;  // pairs of columns in registers
+constexpr int64_t LANE_ROWS = NARROW + NARROW_ROWS - 1;  // the last rows of pairs may run over
 
-// lanes [NARROW, NARROW][LANES] gain the products of columns from `row` on with those from `column` on, where those lie
-// SHIFT or more further on; `fresh`: are set to them. panel: [steps · LANES / STRIP strips of rows][NARROW][STRIP].
+// lanes [LANE_ROWS, NARROW][LANES] gain the products of columns from `row` on with those from `column` on, where those
+// lie SHIFT or more further on; `fresh`: are set to them. panel: [steps · LANES / STRIP strips of rows][NARROW][STRIP].
 template <int SHIFT>
-inline void narrow_tile(const double* panel, int64_t steps, int64_t row, int64_t column, bool fresh, double* lanes) {
+PARA_NOINLINE void narrow_tile(const double* panel, int64_t steps, int64_t row, int64_t column, bool fresh,
+                               double* lanes) {
     for (int64_t q = 0; q < LANES / PART; ++q) {
         Part sum[NARROW_ROWS][NARROW_COLUMNS];
         PARA_UNROLL
@@ -114,18 +116,21 @@ inline void narrow_tile(const double* panel, int64_t steps, int64_t row, int64_t
             sum[t / NARROW_COLUMNS][t % NARROW_COLUMNS] = part(0);
         }
         const double* x = panel + q / PARTS * NARROW_APART + q % PARTS * PART;
-        for (int64_t s = 0; s < steps; ++s, x += LANES / STRIP * NARROW_APART) {
-            Part right[NARROW_COLUMNS];
+        const double *left = x + row * STRIP, *right = x + column * STRIP;
+        for (int64_t s = 0; s < steps; ++s) {
+            Part factor[NARROW_ROWS];
             PARA_UNROLL
-            for (int j = 0; j < NARROW_COLUMNS; ++j) right[j] = load_part(x + (column + j) * STRIP);
+            for (int i = 0; i < NARROW_ROWS; ++i) factor[i] = load_part(left + i * STRIP);
             PARA_UNROLL
-            for (int i = 0; i < NARROW_ROWS; ++i) {
-                const Part left = load_part(x + (row + i) * STRIP);
+            for (int j = 0; j < NARROW_COLUMNS; ++j) {
+                const Part with = load_part(right + j * STRIP);
                 PARA_UNROLL
-                for (int j = 0; j < NARROW_COLUMNS; ++j) {
-                    if (j >= i + SHIFT) sum[i][j] = fma_exact(left, right[j], sum[i][j]);
+                for (int i = 0; i < NARROW_ROWS; ++i) {
+                    if (j >= i + SHIFT) sum[i][j] = fma_exact(factor[i], with, sum[i][j]);
                 }
             }
+            left += LANES / STRIP * NARROW_APART;
+            right += LANES / STRIP * NARROW_APART;
         }
         PARA_UNROLL
         for (int i = 0; i < NARROW_ROWS; ++i) {
@@ -146,12 +151,17 @@ inline void gram_of_narrow_panel(const double* panel, int64_t steps, int64_t r, 
     for (int64_t row = 0; row < r; row += NARROW_ROWS) {
         for (int64_t column = row / NARROW_COLUMNS * NARROW_COLUMNS; column < r; column += NARROW_COLUMNS) {
             ahead.fetch(lines);
-            if (column > row) {
+            const int64_t shift = row - column;
+            if (shift < 0) {
                 narrow_tile<1 - NARROW_ROWS>(panel, steps, row, column, fresh, lanes);
-            } else if (column == row) {
+            } else if (shift == 0) {
                 narrow_tile<0>(panel, steps, row, column, fresh, lanes);
+            } else if (shift == 1) {
+                narrow_tile<1>(panel, steps, row, column, fresh, lanes);
+            } else if (shift == 2) {
+                narrow_tile<2>(panel, steps, row, column, fresh, lanes);
             } else {
-                narrow_tile<NARROW_COLUMNS - NARROW_ROWS>(panel, steps, row, column, fresh, lanes);
+                narrow_tile<3>(panel, steps, row, column, fresh, lanes);
             }
         }
     }
@@ -197,8 +207,9 @@ void gram(const View<T>& x, int64_t width, double* panel, double* levels) {
         });
         return;
     }
-    double* lanes = panel + PANEL * NARROW;
-    for (int64_t i = 0; i < PANEL * NARROW; ++i) panel[i] = 0;  // columns from r on stay so
+    double* lanes = panel + PANEL * NARROW;  // a tile that runs over the panel reads them, for sums that nobody wants
+    const int64_t used = round_up(x.rows < PANEL ? x.rows : PANEL, LANES) * NARROW;
+    for (int64_t i = 0; i < used; ++i) panel[i] = 0;  // columns from r on stay so
     sum_of_blocks(x.rows, NARROW_BLOCK, width * width, levels, [&](int64_t begin, int64_t end, double* out) {
         by_panels(begin, end, [&](int64_t first, int64_t count, Ahead ahead) {
             const int64_t steps = (count + LANES - 1) / LANES;
@@ -293,7 +304,7 @@ inline void product_transposed(const double* x, int64_t rows, const double* y, i
 
 // Doubles of a panel, and of the lanes of a narrow one.
 inline int64_t panel_words(int64_t width) {
-    const int64_t narrow = PANEL * NARROW + NARROW * NARROW * LANES, wide = width / STRIP * APART;
+    const int64_t narrow = PANEL * NARROW + LANE_ROWS * NARROW * LANES, wide = width / STRIP * APART;
     return narrow > wide ? narrow : wide;
 }
 

@@ -8,6 +8,8 @@ namespace para {
 namespace cpu {
 namespace {
 
+constexpr double OVERHEAD = 1000;  // nanoseconds per module, beside its arithmetic
+
 // One per thread; grows to the largest module that the thread meets.
 class Scratch {
   public:
@@ -28,7 +30,7 @@ std::vector<int32_t> cores(const std::vector<Problem>& problems, const Kernels& 
     std::vector<double> costs;
     for (const Problem& p : problems) {
         const double r = static_cast<double>(p.rank());
-        costs.push_back(static_cast<double>(p.b.rows + p.a.cols) * r * (r + 8) / 64 + r * r * r);
+        costs.push_back(static_cast<double>(p.b.rows + p.a.cols) * r * (r + 8) / 64 + r * r * r + OVERHEAD);
     }
     parallel_for(costs, threads, [&] {
         return [&, scratch = Scratch()](size_t i) mutable {
@@ -81,7 +83,8 @@ std::vector<Certificate> truncate(const std::vector<Problem>& problems, const Ke
     std::vector<Certificate> certificates(problems.size());
     std::vector<double> costs;
     for (const Problem& p : problems) {
-        costs.push_back(static_cast<double>(p.b.rows + p.a.cols) * static_cast<double>(p.rank() * (p.k + 8)) / 64);
+        costs.push_back(static_cast<double>(p.b.rows + p.a.cols) * static_cast<double>(p.rank() * (p.k + 8)) / 64 +
+                        OVERHEAD);
     }
     parallel_for(costs, threads, [&] {
         return [&, scratch = Scratch()](size_t i) mutable {

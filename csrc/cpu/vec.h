@@ -25,8 +25,10 @@
 #endif
 #if defined(__GNUC__)
 #define PARA_INLINE __attribute__((always_inline)) inline
+#define PARA_NOINLINE __attribute__((noinline))
 #else
 #define PARA_INLINE inline
+#define PARA_NOINLINE
 #endif
 
 namespace para {

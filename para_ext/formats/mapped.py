@@ -32,7 +32,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str
         # Copy on write: the arrays may be written to as torch wants, the file is never changed.
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     start = 8 + int.from_bytes(view[:8], "little")
-    header = json.loads(bytes(view[8:start]))
+    header = json.loads(bytes(view[8:start]), object_pairs_hook=_no_duplicates)
     arrays = {}
     for key in keys:
         entry = header[key]
@@ -42,3 +42,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str
         array = np.frombuffer(view[start + first : start + end], NUMPY[entry["dtype"]]).reshape(entry["shape"])
         arrays[key] = array if array.flags.aligned else array.copy()
     return arrays, metadata
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("its header gives a key twice")
+    return members
