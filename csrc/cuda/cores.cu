@@ -26,21 +26,22 @@ __device__ __forceinline__ void tile_of_triangle(int strips, int t, int& row, in
 // Each thread adds up STRIP × STRIP elements of XᵀX over every `groups`-th row of a panel. Its sums of at most CHAIN
 // rows go to totals in shared memory, [STRIP²][threads that add up]; in the end those of the groups are added up.
 template <int STRIP>
-__global__ void __launch_bounds__(GRAM_THREADS) gram(Batch batch, const int64_t* spans, int whole, int most_threads) {
+__global__ void __launch_bounds__(GRAM_THREADS, STRIP == SMALL_STRIP ? 4 : 1)
+    gram(Batch batch, const int64_t* spans, int whole, int most_threads) {
     PARA_DYNAMIC_SHARED(memory);
     PARA_SHARED(int64_t, span, SPAN_COLUMNS);
     share(spans + int64_t{blockIdx.x} * SPAN_COLUMNS, SPAN_COLUMNS, span);
     __syncthreads();
     const Tall x = tall(shared_job(batch, span[MODULE]).problem, span[SIDE] == 1);
     const int left = static_cast<int>(span[LEFT]), right = static_cast<int>(span[RIGHT]);
-    const int64_t count = span[COUNT], first = span[FIRST];
+    const int count = static_cast<int>(span[COUNT]);
+    const int64_t first = span[FIRST];
     const bool diagonal = left == right;
     // Columns of the blocks, and of their strips. What a panel holds of strips beyond the columns is never written out.
     const int most_columns = x.columns <= whole ? whole : COLUMN_BLOCK, rest = x.columns - right;
     const int wide = rest < most_columns ? rest : most_columns;
     const int split = diagonal ? 0 : COLUMN_BLOCK;
     const int strips = (wide + STRIP - 1) / STRIP, rows_of_tiles = diagonal ? strips : COLUMN_BLOCK / STRIP;
-    const int apart = split + strips * STRIP + 2;
     const int tiles = diagonal ? strips * (strips + 1) / 2 : rows_of_tiles * strips;
     const int groups = most_threads / tiles, threads = groups * tiles;
     const int me = static_cast<int>(threadIdx.x), group = me / tiles;
@@ -54,8 +55,13 @@ __global__ void __launch_bounds__(GRAM_THREADS) gram(Batch batch, const int64_t*
 
     auto* const panel = reinterpret_cast<double*>(memory);
     double* const totals = panel + PANEL;
-    const PanelReader reader(x, left, split + wide, right, split);
-    const int height = reader.most_rows(apart);
+    const int width = split + wide;
+    const Layout layout = layout_of(x, width == x.columns);
+    const int apart = apart_of(layout, width);
+    const int slots = PREFETCH * GRAM_THREADS * layout.chunk / width;
+    int height = min((PANEL - STRIP) / apart, slots);  // the last strip of the last row may reach beyond it
+    if (height >= 8) height &= ~7;                     // keeps chunks aligned; single elements may be fewer
+    const PanelReader reader(x, layout, height, width, split, right - left - split);
     double sum[STRIP][STRIP] = {};
     int chain = 0;
     bool fresh = true;
@@ -72,22 +78,21 @@ __global__ void __launch_bounds__(GRAM_THREADS) gram(Batch batch, const int64_t*
         chain = 0;
     };
 
-    const auto rows_from = [&](int64_t begin) {
-        return static_cast<int>(count - begin < height ? count - begin : height);
-    };
+    const auto rows_from = [&](int begin) { return min(count - begin, height); };
     uint4 raw[PREFETCH];
-    reader.fetch(first, rows_from(0), raw);
-    for (int64_t begin = 0; begin < count; begin += height) {
+    reader.fetch(first, rows_from(0), left, width, raw);
+    for (int begin = 0; begin < count; begin += height) {
         const int rows = rows_from(begin);
-        reader.put(rows, raw, panel, apart);
+        reader.put(rows, width, raw, panel, apart);
         __syncthreads();
-        if (begin + height < count) reader.fetch(first + begin + height, rows_from(begin + height), raw);
+        if (begin + height < count) reader.fetch(first + begin + height, rows_from(begin + height), left, width, raw);
         const int longest = (rows + groups - 1) / groups;
         if (chain + longest > CHAIN) total();
         chain += longest;
         if (me < threads) {
             const double* a = panel + group * apart + tile_row * 2;
             const double* b = panel + group * apart + split + tile_column * 2;
+#pragma unroll 1
             for (int k = group; k < rows; k += groups, a += groups * apart, b += groups * apart) {
                 double u[STRIP], v[STRIP];
 #pragma unroll

@@ -16,139 +16,155 @@ struct Tall {
     DType dtype;
 };
 
+// Member by member: a reference to one of two matrices would put both in local memory.
 __device__ __forceinline__ Tall tall(const Problem& p, bool is_a) {
-    const Matrix& x = is_a ? p.a : p.b;
-    const auto* data = static_cast<const char*>(x.data);
-    const int columns = static_cast<int>(p.rank());
-    if (is_a) return {data, x.cols, x.col_stride, x.row_stride, columns, x.dtype};
-    return {data, x.rows, x.row_stride, x.col_stride, columns, x.dtype};
+    return {static_cast<const char*>(is_a ? p.a.data : p.b.data),
+            is_a ? p.a.cols : p.b.rows,
+            is_a ? p.a.col_stride : p.b.row_stride,
+            is_a ? p.a.row_stride : p.b.col_stride,
+            static_cast<int>(p.rank()),
+            is_a ? p.a.dtype : p.b.dtype};
 }
 
-// Reads panels of X: so many rows, and two blocks of columns (or one). Threads take chunks: 16 bytes, or one element.
+// How X's elements are read: in chunks of 16 bytes where the layout allows it, else one by one.
+enum class Order { down, flat, across };  // a chunk is of a column, of rows without a gap between them, of a row
+
+struct Layout {
+    Order order;
+    int chunk;  // elements
+};
+
+// `all`: panels have all columns of X; otherwise their blocks of columns start at multiples of 8.
+__device__ __forceinline__ Layout layout_of(const Tall& x, bool all) {
+    const int most = 16 / bytes_of(x.dtype);
+    const auto aligned = [&](int64_t stride) { return (stride & (most - 1)) == 0; };
+    const bool start = (reinterpret_cast<uintptr_t>(x.data) & 15) == 0;
+    if (x.down == 1) return {Order::down, start && (aligned(x.across) || x.columns == 1) ? most : 1};
+    const bool rows = start && x.across == 1;
+    // Rows without gaps become a panel without gaps; its rows must still start at 16 bytes.
+    if (rows && all && !aligned(x.down) && x.down == x.columns && x.columns % 2 == 0) return {Order::flat, most};
+    return {Order::across, rows && aligned(x.down) ? most : 1};
+}
+
+// Doubles from row to row of a panel: an odd number of 16 bytes where that is free, so that rows don't share banks.
+__device__ __forceinline__ int apart_of(Layout layout, int width) {
+    return layout.order == Order::flat ? width : (width + 1) / 2 * 2 + (width / 2 % 2 ? 0 : 2);
+}
+
+// x, of which the compiler knows nothing: what is made of it in a loop is not made ahead and kept in registers.
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// Reads panels of up to [height, width]. Each thread has the same PREFETCH chunks of every panel.
 class PanelReader {
   public:
-    // The columns from `left` on.
-    __device__ PanelReader(const Tall& x, int left, int width) : PanelReader(x, left, width, left, 0) {}
-
-    // The columns from `left` on, and from column `split` of the panel on those from `right` on instead.
-    __device__ PanelReader(const Tall& x, int left, int width, int right, int split)
-        : x_(x), width_(width), left_(left), jump_(right - left - split), split_(split) {
-        const int most = 16 / bytes_of(x.dtype);
-        const auto aligned = [&](int64_t stride) { return stride % most == 0; };
-        const bool start = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-        if (x.down == 1) {
-            order_ = Order::down;
-            chunk_ = start && (aligned(x.across) || x.columns == 1) ? most : 1;
-        } else if (x.across == 1 && x.down == width && width == x.columns) {
-            order_ = Order::flat;
-            chunk_ = start ? most : 1;
-        } else {
-            order_ = Order::across;
-            chunk_ = start && x.across == 1 && aligned(x.down) && left % most == 0 && right % most == 0 ? most : 1;
+    // The panel's columns from `split` on are `jump` further to the right in X.
+    __device__ __forceinline__ PanelReader(const Tall& x, Layout layout, int height, int width, int split, int jump)
+        : data_(x.data), down_(x.down), across_(x.across), dtype_(x.dtype), layout_(layout), width_(width) {
+        const auto size = static_cast<unsigned>(layout.chunk), wide = static_cast<unsigned>(width);
+#pragma unroll
+        for (int i = 0; i < PREFETCH; ++i) {
+            const unsigned chunk = threadIdx.x + static_cast<unsigned>(i) * blockDim.x;
+            unsigned row, column;
+            if (layout.order == Order::down) {
+                // Two chunks of a column make a whole sector of 32 bytes; then the next column.
+                const unsigned together = size > 1 ? 2 : height >= 8 ? 8 : 1, group = chunk / together;
+                column = group % wide;
+                row = (group / wide * together + chunk % together) * size;
+            } else if (layout.order == Order::flat) {
+                row = chunk * size / wide;
+                column = chunk * size % wide;
+            } else {
+                const unsigned run = (wide + size - 1) / size;
+                row = chunk / run;
+                column = chunk % run * size;
+            }
+            row_[i] = static_cast<int>(row < static_cast<unsigned>(height) ? row : height);
+            column_[i] = static_cast<int>(column);
+            offset_[i] = row_[i] * x.down + (column_[i] + (column_[i] >= split ? jump : 0)) * x.across;
         }
     }
 
-    __device__ bool in_chunks() const { return chunk_ > 1; }
-
-    // How many rows a panel can have whose rows take `apart` doubles; a multiple of 8 (that keeps chunks aligned), but
-    // for single elements.
-    __device__ int most_rows(int apart) const {
-        const int slots = PREFETCH * static_cast<int>(blockDim.x) * chunk_ / width_;
-        const int rows = PANEL / apart < slots ? PANEL / apart : slots;
-        return rows >= 8 ? rows & ~7 : rows;
-    }
-
-    // Starts to load this thread's chunks of the rows from `first` on.
-    __device__ void fetch(int64_t first, int count, uint4 (&raw)[PREFETCH]) const {
+    // Starts to load this thread's part of `count` rows from `first` on and `width` columns from `left` on.
+    __device__ __forceinline__ void fetch(int64_t first, int count, int left, int width, uint4 (&raw)[PREFETCH]) const {
+        const int size = bytes_of(dtype_);
+        const char* const from = data_ + (first * down_ + left * across_) * size;
 #pragma unroll
         for (int i = 0; i < PREFETCH; ++i) {
-            const Place at = place(count, threadIdx.x + i * blockDim.x);
-            if (at.elements > 0) raw[i] = load(first + at.row, at.column, at.elements);
+            const int elements = elements_of(i, count, width);
+            if (elements > 0) raw[i] = load(from + offset_[i] * size, elements);
         }
     }
 
     // panel [count, width], rows `apart` doubles from one to the next ← what was fetched.
-    __device__ void put(int count, const uint4 (&raw)[PREFETCH], double* panel, int apart) const {
-        with_format(x_.dtype, [&](auto format) {
-            using Format = decltype(format);
-            constexpr int SIZE = sizeof(typename Format::Storage), ALL = 16 / SIZE;
-#pragma unroll
-            for (int i = 0; i < PREFETCH; ++i) {
-                Place at = place(count, threadIdx.x + i * blockDim.x);
-                const uint32_t words[] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
-                double* to = panel + at.row * apart + at.column;
-#pragma unroll
-                for (int e = 0; e < ALL; ++e) {
-                    if (e >= at.elements) break;
-                    const uint32_t word = words[e * SIZE / 4];
-                    *to = Format::load(static_cast<typename Format::Storage>(SIZE == 2 && e % 2 ? word >> 16 : word));
-                    if (order_ == Order::down) {
-                        to += apart;
-                    } else if (++at.column == width_) {
-                        at.column = 0;
-                        to += apart - width_ + 1;
-                    } else {
-                        ++to;
-                    }
-                }
-            }
-        });
+    __device__ __forceinline__ void put(int count, int width, const uint4 (&raw)[PREFETCH], double* panel,
+                                        int apart) const {
+        switch (dtype_) {
+            case DType::f32:
+                return put_as<F32>(count, width, raw, panel, apart);
+            case DType::f16:
+                return put_as<F16>(count, width, raw, panel, apart);
+            case DType::bf16:
+                return put_as<BF16>(count, width, raw, panel, apart);
+        }
     }
 
   private:
-    enum class Order { down, flat, across };  // elements of a chunk: of a column, of rows without a gap, of a row
-
-    struct Place {
-        int row, column, elements;
-    };
-
-    // Where the panel's chunk of this number starts, and how much of it there is.
-    __device__ Place place(int count, int chunk) const {
-        Place at;
-        int left;
-        if (order_ == Order::down) {
-            // Two chunks of a column make a whole sector of 32 bytes; then the next column.
-            const int together = chunk_ > 1 ? 2 : count >= 8 ? 8 : 1;
-            const int group = chunk / together;
-            at.column = group % width_;
-            at.row = (group / width_ * together + chunk % together) * chunk_;
-            left = count - at.row;
-        } else {
-            const int length = order_ == Order::flat ? count * width_ : width_;
-            const int run = (length + chunk_ - 1) / chunk_;  // chunks
-            const int along = (order_ == Order::flat ? chunk : chunk % run) * chunk_;
-            at.row = order_ == Order::flat ? along / width_ : chunk / run;
-            at.column = order_ == Order::flat ? along % width_ : along;
-            left = at.row < count ? length - along : 0;
-        }
-        at.elements = left < 0 ? 0 : left < chunk_ ? left : chunk_;
-        return at;
+    __device__ __forceinline__ int elements_of(int i, int count, int width) const {
+        int left = layout_.order == Order::down   ? count - row_[i]
+                   : layout_.order == Order::flat ? (count - row_[i]) * width_ - column_[i]
+                                                  : width - column_[i];
+        if (row_[i] >= count || column_[i] >= width) left = 0;
+        return min(left, layout_.chunk);
     }
 
-    __device__ uint4 load(int64_t row, int column, int elements) const {
-        const int size = bytes_of(x_.dtype);
-        const int64_t first = row * x_.down + (left_ + column + (column >= split_ ? jump_ : 0)) * x_.across;
-        const char* from = x_.data + first * size;
+    template <class Format>
+    __device__ __forceinline__ void put_as(int count, int width, const uint4 (&raw)[PREFETCH], double* panel,
+                                           int apart) const {
+        constexpr int SIZE = sizeof(typename Format::Storage), ALL = 16 / SIZE;
+        apart = opaque(apart);
+        const int next = layout_.order == Order::down ? apart : 1;
+#pragma unroll
+        for (int i = 0; i < PREFETCH; ++i) {
+            const int elements = elements_of(i, count, width);
+            const uint32_t words[] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+            double* to = panel + row_[i] * apart + column_[i];
+#pragma unroll
+            for (int e = 0; e < ALL; ++e, to += next) {
+                if (e >= elements) continue;
+                const uint32_t word = words[e * SIZE / 4];
+                *to = Format::load(static_cast<typename Format::Storage>(SIZE == 2 && e % 2 ? word >> 16 : word));
+            }
+        }
+    }
+
+    __device__ __forceinline__ uint4 load(const char* from, int elements) const {
+        const int size = bytes_of(dtype_);
         if (elements * size == 16) return read(reinterpret_cast<const uint4*>(from));
         // The end of a run, or single elements; those of a chunk lie side by side.
         uint32_t words[4] = {};
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            if (e >= elements) break;
-            if (size == 4) {
-                if (e < 4) words[e % 4] = read(reinterpret_cast<const uint32_t*>(from) + e);
-            } else {
-                words[e / 2] |= static_cast<uint32_t>(read(reinterpret_cast<const uint16_t*>(from) + e))
-                                << (e % 2 * 16);
+            if (e >= elements) {
+            } else if (size == 2) {
+                const uint32_t half = read(reinterpret_cast<const uint16_t*>(from) + e);
+                words[e / 2] |= half << (e % 2 * 16);
+            } else if (e < 4) {
+                words[e % 4] = read(reinterpret_cast<const uint32_t*>(from) + e);
             }
         }
         return make_uint4(words[0], words[1], words[2], words[3]);
     }
 
-    Tall x_;
-    int width_, left_, jump_, split_;
-    int chunk_ = 1;
-    Order order_ = Order::across;
+    const char* data_;
+    int64_t down_, across_;
+    DType dtype_;
+    Layout layout_;
+    int width_;
+    int row_[PREFETCH], column_[PREFETCH];
+    int64_t offset_[PREFETCH];
 };
 
 // Column i of a strip, of so many: strips are made of pairs of columns, I, I + strips, I + 2·strips …, so that

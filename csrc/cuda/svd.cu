@@ -108,7 +108,7 @@ __device__ __forceinline__ void reduce_to_lower(double* columns, int r, int apar
 
 // Dynamic shared memory: columns [r][r | 1], norms [2][r]. An odd distance from column to column, because the lanes
 // that load M's rows go from one to the next.
-__global__ void __launch_bounds__(MOST_SVD_THREADS) svd(Batch batch, const int64_t* modules) {
+__global__ void __launch_bounds__(MOST_SVD_THREADS, 1) svd(Batch batch, const int64_t* modules) {
     PARA_DYNAMIC_SHARED(memory);
     PARA_SHARED(double, warps, 32);
     const Job job = shared_job(batch, read(modules + blockIdx.x));

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(TRANSFORMS_THREADS) transforms(Batch batch, in
 // Rows of X · T, T [r, width], as new factors. A thread makes TILE rows, `strips` apart, by TILE components.
 //
 // Dynamic shared memory: a panel, in which the outputs are put in order too, and all of T or some rows of it.
-__global__ void __launch_bounds__(TRUNCATE_THREADS) truncate(Batch batch, const int64_t* spans, double* errors) {
+__global__ void __launch_bounds__(TRUNCATE_THREADS, 4) truncate(Batch batch, const int64_t* spans, double* errors) {
     PARA_DYNAMIC_SHARED(memory);
     PARA_SHARED(int64_t, span, SPAN_COLUMNS);
     PARA_SHARED(double, sigma, MOST_COMPONENTS);
@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS) truncate(Batch batch, const 
     const Tall x = tall(p, is_a);
     const int r = x.columns, width = static_cast<int>(round_up(p.k, TILE));
     const int left = static_cast<int>(span[LEFT]), made = static_cast<int>(span[RIGHT]) - left;
-    const int64_t count = span[COUNT], first = span[FIRST];
+    const int count = static_cast<int>(span[COUNT]);
+    const int64_t first = span[FIRST];
     const double* const t = batch.scratch + job.work[TRANSFORMS] + (is_a ? int64_t{r} * width : 0) + left;
 
     // Threads: `across` of them for a row's components, `strips` strips of rows.
@@ -155,11 +156,13 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS) truncate(Batch batch, const 
 
     // So many of X's columns at a time. Their number in a panel is even: the last may be zero.
     const int most = min(min(PANEL / height - 2, PREFETCH * 4 * TRUNCATE_THREADS / height), MOST_INNER) & ~3;
-    const bool at_once = r <= most && PanelReader(x, 0, r).in_chunks();
-    const int inner = at_once                            ? r
-                      : PanelReader(x, 0, 8).in_chunks() ? most & ~7
-                                                         : min(most, PREFETCH * TRUNCATE_THREADS / height) & ~1;
-    const int apart = static_cast<int>(round_up(inner, 2)) + 2;
+    const bool at_once = r <= most && layout_of(x, true).chunk > 1;
+    const Layout layout = layout_of(x, at_once);
+    const int inner = at_once            ? r
+                      : layout.chunk > 1 ? most & ~7
+                                         : min(min(most, PREFETCH * TRUNCATE_THREADS / height) & ~1, r);
+    const PanelReader reader(x, layout, height, inner, inner, 0);
+    const int apart = apart_of(layout, inner);
     auto* const panel = reinterpret_cast<double*>(memory);
     double* const shared_t = panel + PANEL;
     const bool whole_t = round_up(r, 2) * taken <= MOST_OF_T;  // as t_in_shared() has it
@@ -175,49 +178,44 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS) truncate(Batch batch, const 
 
     double squared = 0, weighted = 0;
     uint4 raw[PREFETCH];
-    const auto rows_from = [&](int64_t begin) {
-        return static_cast<int>(count - begin < height ? count - begin : height);
-    };
-    const auto reader = [&](int from) { return PanelReader(x, from, min(inner, r - from)); };
-    reader(0).fetch(first, rows_from(0), raw);
-    for (int64_t begin = 0; begin < count; begin += height) {
+    const auto rows_from = [&](int begin) { return min(count - begin, height); };
+    reader.fetch(first, rows_from(0), 0, min(inner, r), raw);
+    for (int begin = 0; begin < count; begin += height) {
         const int rows = rows_from(begin);
         double sum[TILE][TILE] = {};
         for (int from = 0; from < r; from += inner) {
             const int columns = min(inner, r - from);
-            reader(from).put(rows, raw, panel, apart);
+            reader.put(rows, columns, raw, panel, apart);
             if (columns % 2) {
                 for (int i = me; i < rows; i += TRUNCATE_THREADS) panel[i * apart + columns] = 0;
             }
             if (!whole_t) share_t(from, columns);
             __syncthreads();
-            if (from + inner < r) {
-                reader(from + inner).fetch(first + begin, rows, raw);
-            } else if (begin + height < count) {
-                reader(0).fetch(first + begin + height, rows_from(begin + height), raw);
+            const bool same = from + inner < r;  // rows
+            const int next = same ? from + inner : 0, next_begin = same ? begin : begin + height;
+            if (next_begin < count) {
+                reader.fetch(first + next_begin, rows_from(next_begin), next, min(inner, r - next), raw);
             }
             if (strip < strips) {
                 const double* const u = panel + strip * apart;
                 const double* const v = shared_t + (whole_t ? from * taken : 0) + component * 2;
+#pragma unroll 1
                 for (int l = 0; l < columns; l += 2) {
                     double2 xs[TILE];
-                    double even[TILE], odd[TILE];
 #pragma unroll
                     for (int i = 0; i < TILE; ++i) {
                         xs[i] = *reinterpret_cast<const double2*>(u + i * strips * apart + l);
                     }
 #pragma unroll
                     for (int j = 0; j < TILE; j += 2) {
-                        const auto s = *reinterpret_cast<const double2*>(v + l * taken + j * across);
-                        const auto t = *reinterpret_cast<const double2*>(v + (l + 1) * taken + j * across);
-                        even[j] = s.x, even[j + 1] = s.y, odd[j] = t.x, odd[j + 1] = t.y;
-                    }
+                        const auto even = *reinterpret_cast<const double2*>(v + l * taken + j * across);
+                        const auto odd = *reinterpret_cast<const double2*>(v + (l + 1) * taken + j * across);
 #pragma unroll
-                    for (int i = 0; i < TILE; ++i) {
-#pragma unroll
-                        for (int j = 0; j < TILE; ++j) {
-                            sum[i][j] += xs[i].x * even[j];
-                            sum[i][j] += xs[i].y * odd[j];
+                        for (int i = 0; i < TILE; ++i) {
+                            sum[i][j] += xs[i].x * even.x;
+                            sum[i][j] += xs[i].y * odd.x;
+                            sum[i][j + 1] += xs[i].x * even.y;
+                            sum[i][j + 1] += xs[i].y * odd.y;
                         }
                     }
                 }
@@ -234,7 +232,7 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS) truncate(Batch batch, const 
             const Runs runs = is_a      ? Runs{out, made, rows, height, x.rows}
                               : one_run ? Runs{out, 1, rows * made, 0, 0}
                                         : Runs{out, rows, made, static_cast<int>(round_up(made, 8)), p.k};
-            const int down = is_a ? 1 : one_run ? made : runs.stage, right = is_a ? height : 1;
+            const int down = opaque(is_a ? 1 : one_run ? made : runs.stage), right = is_a ? height : 1;
             if (strip < strips) {
 #pragma unroll
                 for (int i = 0; i < TILE; ++i) {

@@ -48,7 +48,7 @@ struct Batch {
 };
 
 constexpr int GRAM_THREADS = 160;
-constexpr int TRUNCATE_THREADS = 160;
+constexpr int TRUNCATE_THREADS = 128;
 constexpr int CORES_THREADS = 256;
 constexpr int MOST_SVD_THREADS = 704, LARGEST_SVD_RANK = MOST_SVD_THREADS / 4;
 constexpr int TRANSFORMS_THREADS = 256;
@@ -72,7 +72,7 @@ constexpr int COLUMN_BLOCK = 64;
 // memory.
 constexpr int TRUNCATE_TILE = 4;
 constexpr int MOST_COMPONENTS = 128;
-constexpr int MOST_ROWS = 160;
+constexpr int MOST_ROWS = 128;
 constexpr int MOST_INNER = 32;
 constexpr int MOST_OF_T = 4096;
 
