@@ -626,7 +626,7 @@ const char* launch(const void* kernel, dim3 grid, dim3 block, size_t shared, voi
     the.args = args;
     the.dynamic_bytes = shared;
     the.failure.clear();
-    the.random = the.seed ? the.seed : 1;
+    the.random = (the.seed + 1) * 0x9e3779b97f4a7c15;  // neighbouring seeds far apart
     bytes_read = bytes_written = 0;
 #ifdef PARA_EMULATOR_THREAD
     the.host.sanitizers = __tsan_get_current_fiber();
