@@ -357,7 +357,7 @@ std::string deadlock(const std::vector<Fiber*>& alive) {
     for (const Fiber* x : alive) {
         for (const Fiber* y : alive) {
             const bool partners = x->wait.kind == Wait::block || (x->warp == y->warp && x->wait.mask >> y->lane & 1);
-            if (partners && !same(x->wait, y->wait)) return text_of(*x) + "; " + text_of(*y);
+            if (partners && !same(x->wait, y->wait)) return text_of(*x) + ", but " + text_of(*y);
         }
     }
     return "all threads wait";
@@ -543,8 +543,10 @@ void run_block(size_t turn, dim3 block) {
 // Why a device would not begin this launch.
 std::string refusal(dim3 grid, dim3 block, size_t shared) {
     const auto none = [](dim3 size) { return !size.x || !size.y || !size.z; };
-    if (none(grid) || grid.x > INT32_MAX || grid.y > UINT16_MAX || grid.z > UINT16_MAX) return "no such grid";
-    if (none(block) || uint64_t{block.x} * block.y * block.z > MAX_THREADS) return "no such block";
+    if (none(grid) || grid.x > INT32_MAX || grid.y > UINT16_MAX || grid.z > UINT16_MAX)
+        return "a grid that is empty or too large";
+    if (none(block) || uint64_t{block.x} * block.y * block.z > MAX_THREADS)
+        return "a block must have 1 to 1024 threads";
     if (shared > the.shared_limit) return "more shared memory than a block may have";
     return "";
 }
