@@ -35,6 +35,8 @@ CAUGHT = {
     "no_second_sync": {"plain": (WRONG, 0), "address": (WRONG, 0), "thread": (RACE, 1)},
     "no_syncthreads": {"thread": (RACE, 1)},
     "no_syncwarp": {"plain": (WRONG, 0), "address": (WRONG, 0), "thread": (RACE, 1)},
+    "half_a_syncwarp": {"thread": (RACE, 1)},
+    "no_second_syncwarp": {"plain": (WRONG, 0), "address": (WRONG, 0), "thread": (RACE, 1)},
     "misaligned": {"plain": (TEXT, 1), "address": (TEXT, 1), "thread": (TEXT, 1)},
     "too_much_shared": {"plain": (TEXT, 0), "address": (TEXT, 0), "thread": (TEXT, 0)},
 }
