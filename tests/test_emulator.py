@@ -88,6 +88,7 @@ def test_bare_shared_memory_does_not_compile(tmp_path: Path) -> None:
 
 
 def test_python_module() -> None:
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
     emulation = build.load(build.module("empty", []), "emulation")
     emulation.set_seed(3)
     emulation.reset()
