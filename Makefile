@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+SOURCES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
            CMakeLists.txt pyproject.toml README.md LICENSE
 export PARA_EXT_NATIVE ?= ON
@@ -34,12 +35,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(SOURCES)
 
 bench: $(VENV)/installed
 	mkdir -p build

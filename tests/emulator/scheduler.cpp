@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <exception>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <numeric>
@@ -26,8 +27,8 @@
 #include <sanitizer/common_interface_defs.h>
 #elif defined(PARA_EMULATOR_THREAD)
 #include <sanitizer/tsan_interface.h>
-extern "C" void AnnotateIgnoreReadsBegin(const char* file, int line);
-extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
+extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #endif
 
 uint3 threadIdx, blockIdx;
@@ -90,12 +91,18 @@ struct Wait {
 };
 
 struct Fiber : Context {
+    const unsigned warp, lane;
     bool running = false;  // the kernel: it has begun and has not ended
-    unsigned warp = 0, lane = 0;
     uint3 thread{};
     Wait wait{};
     unsigned source = 0;
     uint64_t value = 0;
+    void* memory;  // the stack, and before it the page where it overflows
+
+    explicit Fiber(size_t number);
+    ~Fiber();
+    Fiber(const Fiber&) = delete;
+    Fiber& operator=(const Fiber&) = delete;
 };
 
 // Each a set of lanes. Those alive have not ended: they are ready, or chosen for this turn, or wait, or run just now.
@@ -123,7 +130,7 @@ struct Scheduler {
     size_t shared_limit = 227 << 10;
     std::vector<Launch> launches;
     std::map<const void*, std::string> names;
-    std::vector<Fiber*> pools[POOLS];
+    std::vector<std::unique_ptr<Fiber>> pools[POOLS];
 
     // The launch:
     Launch launch;
@@ -134,7 +141,7 @@ struct Scheduler {
     std::vector<Shared> retired;
 
     // The block:
-    std::vector<Fiber*>* fibers = nullptr;
+    std::vector<std::unique_ptr<Fiber>>* fibers = nullptr;
     Warp warps[MAX_THREADS / LANES];
     unsigned warp = 0, ready_warps = 0;
     unsigned barriers = 0;  // passed
@@ -184,6 +191,16 @@ void acquire([[maybe_unused]] char* tag) {
 }
 
 char launch_begins, launch_ends;
+
+// While it lives, TSan does not see this thread read or write. It would: the C library's functions are its own.
+struct Unseen {
+#ifdef PARA_EMULATOR_THREAD
+    Unseen() { AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+    ~Unseen() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__); }
+#else
+    Unseen() {}  // or it would be an unused variable
+#endif
+};
 
 // Barriers alternate between two tags. With one, a thread that leaves a barrier after others have reached the next one
 // would be ordered after them.
@@ -240,18 +257,10 @@ std::string name_of(const void* kernel) {
 // Shared memory.
 
 unsigned char* allocate_shared(const void* site, size_t bytes) {
-#ifdef PARA_EMULATOR_THREAD
-    // Memory comes from nowhere: whoever asks for it first has not written to it.
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-#endif
+    const Unseen unseen;  // the thread that comes first does not write to it
     void* memory = nullptr;
     if (posix_memalign(&memory, 16, bytes + GUARD)) throw std::bad_alloc();
     std::memset(memory, 0xff, bytes + GUARD);
-#ifdef PARA_EMULATOR_THREAD
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-#endif
     the.shared.push_back({site, static_cast<unsigned char*>(memory), bytes});
     return the.shared.back().memory;
 }
@@ -281,6 +290,7 @@ void retire_shared() {
 
 // A thread has failed, or all wait in vain: those that have begun unwind, the others never begin.
 void cancel(const std::string& text) {
+    const Unseen unseen;
     if (the.failure.empty()) the.failure = text;
     the.ready_warps = 0;
     for (unsigned w = 0; w < MAX_THREADS / LANES; ++w) {
@@ -347,7 +357,7 @@ std::string deadlock(const std::vector<Fiber*>& alive) {
     for (const Fiber* x : alive) {
         for (const Fiber* y : alive) {
             const bool partners = x->wait.kind == Wait::block || (x->warp == y->warp && x->wait.mask >> y->lane & 1);
-            if (partners && !same(x->wait, y->wait)) return text_of(*x) + "; " + text_of(*y);
+            if (partners && !same(x->wait, y->wait)) return text_of(*x) + ", but " + text_of(*y);
         }
     }
     return "all threads wait";
@@ -383,6 +393,7 @@ bool release_block() {
 
 // The one that runs next; the host when the block has ended.
 Context* pick() {
+    const Unseen unseen;
     for (;;) {
         Warp& warp = the.warps[the.warp];
         if (warp.turn) {
@@ -490,27 +501,30 @@ uint64_t wait_for(const Wait& wait, uint64_t value, unsigned source = 0) {
     return fiber.value;
 }
 
-Fiber* new_fiber(unsigned number) {
-    void* const memory = mmap(nullptr, PAGE + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+Fiber::Fiber(size_t number) : warp(static_cast<unsigned>(number / LANES)), lane(static_cast<unsigned>(number % LANES)) {
+    memory = mmap(nullptr, PAGE + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, PAGE, PROT_NONE);  // a stack that overflows ends the program
-    Fiber* const fiber = new Fiber;
-    fiber->entered = false;
-    fiber->stack = static_cast<char*>(memory) + PAGE;
+    mprotect(memory, PAGE, PROT_NONE);
+    entered = false;
+    stack = static_cast<char*>(memory) + PAGE;
     // Stacks that all began at the start of a page would push each other out of the first cache.
-    fiber->stack_bytes = STACK - number % 16 * 256;
-    fiber->warp = number / LANES;
-    fiber->lane = number % LANES;
+    stack_bytes = STACK - number % 16 * 256;
 #ifdef PARA_EMULATOR_THREAD
-    fiber->sanitizers = __tsan_create_fiber(0);
+    sanitizers = __tsan_create_fiber(0);
 #endif
-    return fiber;
+}
+
+Fiber::~Fiber() {
+#ifdef PARA_EMULATOR_THREAD
+    __tsan_destroy_fiber(sanitizers);
+#endif
+    munmap(memory, PAGE + STACK);
 }
 
 void run_block(size_t turn, dim3 block) {
     the.fibers = &the.pools[turn % POOLS];
     const unsigned threads = block.x * block.y * block.z;
-    while (the.fibers->size() < threads) the.fibers->push_back(new_fiber(static_cast<unsigned>(the.fibers->size())));
+    while (the.fibers->size() < threads) the.fibers->push_back(std::make_unique<Fiber>(the.fibers->size()));
     the.ready_warps = 0;
     for (Warp& warp : the.warps) warp = Warp{};
     for (unsigned i = 0; i < threads; ++i) {
@@ -529,8 +543,10 @@ void run_block(size_t turn, dim3 block) {
 // Why a device would not begin this launch.
 std::string refusal(dim3 grid, dim3 block, size_t shared) {
     const auto none = [](dim3 size) { return !size.x || !size.y || !size.z; };
-    if (none(grid) || grid.x > INT32_MAX || grid.y > UINT16_MAX || grid.z > UINT16_MAX) return "no such grid";
-    if (none(block) || uint64_t{block.x} * block.y * block.z > MAX_THREADS) return "no such block";
+    if (none(grid) || grid.x > INT32_MAX || grid.y > UINT16_MAX || grid.z > UINT16_MAX)
+        return "a grid that is empty or too large";
+    if (none(block) || uint64_t{block.x} * block.y * block.z > MAX_THREADS)
+        return "a block must have 1 to 1024 threads";
     if (shared > the.shared_limit) return "more shared memory than a block may have";
     return "";
 }
@@ -612,7 +628,7 @@ const char* launch(const void* kernel, dim3 grid, dim3 block, size_t shared, voi
     the.args = args;
     the.dynamic_bytes = shared;
     the.failure.clear();
-    the.random = the.seed ? the.seed : 1;
+    the.random = (the.seed + 1) * 0x9e3779b97f4a7c15;  // neighbouring seeds far apart
     bytes_read = bytes_written = 0;
 #ifdef PARA_EMULATOR_THREAD
     the.host.sanitizers = __tsan_get_current_fiber();
