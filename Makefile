@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 SOURCES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
+PACKAGE := $(shell find csrc para_ext -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh" -o -name "*.py" -o -name "*.pyi") \
            CMakeLists.txt pyproject.toml README.md LICENSE
 export PARA_EXT_NATIVE ?= ON
 export PARA_EXT_WERROR ?= ON

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulator import build
 
-BACKENDS = ("cpu", "torch")
+BACKENDS = ("cpu", "cuda-emulated", "torch")
 
 Record = Callable[[str, str, str, float], None]
 
@@ -30,12 +32,36 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Any:
     """A module with the three stages; PARA_EXT_REQUIRE_NATIVE=1 makes a missing native core a failure."""
+    if request.param == "cuda-emulated":
+        return request.getfixturevalue("emulated").stages
     try:
         return importlib.import_module(f"para_ext.backends.{request.param}")
     except ImportError as error:
         if os.environ.get("PARA_EXT_REQUIRE_NATIVE") == "1":
             pytest.fail(f"backend {request.param}: {error}")
         pytest.skip(f"backend {request.param} is not built here")
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """The CUDA backend on the CPU, and what its kernels did (tests/emulator/emulation.cpp)."""
+
+    stages: Any
+    emulation: Any
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Emulated:
+    """csrc/cuda compiled against the emulator, under the same Python as on a GPU, with tensors in the CPU's memory."""
+    if build.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    from para_ext.backends.cuda import Stages
+
+    name = "_cuda_emulated"
+    sources = sorted([*(build.CSRC / "cuda").glob("*.cu"), *(build.CSRC / "cuda").glob("*.cpp")])
+    library = build.module(name, sources, [f"PARA_MODULE={name}"])
+    return Emulated(Stages("cuda-emulated", build.load(library, name), "cpu"), build.load(library, "emulation"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 // Types and meaning: para_ext/_cuda.pyi.
 #include "../parallel.h"
 #include "../tables.h"
-#include "device.h"
 #include "stages.h"
 
 namespace py = pybind11;
@@ -39,10 +38,10 @@ PYBIND11_MODULE(PARA_MODULE, module) {
     using para::cuda::CoresPlan;
     using para::cuda::TruncatePlan;
     py::class_<CoresPlan> cores(module, "CoresPlan");
-    cores.def(py::init([](const Table& table, const Scales& scales, int64_t shared_limit) {
-                  return CoresPlan(para::checked_problems(table, scales), table.data(), scales.data(), shared_limit);
+    cores.def(py::init([](const Table& table, const Scales& scales, int device) {
+                  return CoresPlan(para::checked_problems(table, scales), table.data(), scales.data(), device);
               }),
-              py::arg("table"), py::arg("scales"), py::arg("shared_limit"));
+              py::arg("table"), py::arg("scales"), py::arg("device"));
     cores.def_property_readonly("spectra", [](const CoresPlan& plan) { return as_array(plan.spectra); });
     def_plan(cores);
     py::class_<TruncatePlan> truncate(module, "TruncatePlan");
@@ -53,8 +52,6 @@ PYBIND11_MODULE(PARA_MODULE, module) {
     truncate.def_property_readonly("sides", [](const TruncatePlan& plan) { return as_array(plan.sides); });
     def_plan(truncate);
     module.def("core_words", &para::Core::words, py::arg("rank"));
-    module.def("shared_limit", &para::cuda::shared_limit_of, py::arg("device"));
-    module.def("unavailable", &para::cuda::unavailable);
     module.attr("COLUMNS") = static_cast<int64_t>(para::COLUMNS);
     module.attr("LARGEST_RANK") = static_cast<int64_t>(para::cuda::LARGEST_RANK);
 }

@@ -6,6 +6,9 @@
 
 namespace para::cuda {
 
+// Bytes of shared memory that a block may have on the device of this number; 0 where there is none.
+int64_t shared_limit_of(int device);
+
 const char* launch_gram(const Batch& batch, bool large, const int64_t* spans, int64_t count, int64_t shared_limit,
                         void* stream);
 const char* launch_cores(const Batch& batch, const int64_t* modules, int64_t count, int64_t largest_rank,

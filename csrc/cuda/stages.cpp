@@ -66,11 +66,11 @@ void check(const char* error, const char* stage) {
 
 }  // namespace
 
-CoresPlan::CoresPlan(const std::vector<Problem>& problems, const int64_t* rows, const double* scales,
-                     int64_t shared_limit)
+CoresPlan::CoresPlan(const std::vector<Problem>& problems, const int64_t* rows, const double* scales, int device)
     : tables(new_tables(problems, rows, scales)),
-      shared_limit_(shared_limit),
+      shared_limit_(shared_limit_of(device)),
       modules_(static_cast<int64_t>(problems.size())) {
+    if (shared_limit_ == 0) throw std::runtime_error("there is no CUDA device " + std::to_string(device));
     std::vector<int64_t> spans[2], modules[2];
     // An svd launch per bucket of ranks: its shared memory is that of its largest.
     constexpr int64_t buckets[] = {16, 32, 64, 128, LARGEST_SVD_RANK};
@@ -81,7 +81,7 @@ CoresPlan::CoresPlan(const std::vector<Problem>& problems, const int64_t* rows, 
         int64_t* const work = work_of(tables, modules_, i);
         work[PARTIALS] = scratch;
         const bool large_strips = r > SMALL_STRIPS_RANK;
-        const GramShape shape = gram_shape(large_strips, shared_limit);
+        const GramShape shape = gram_shape(large_strips, shared_limit_);
         const int64_t block = r <= shape.whole ? r : COLUMN_BLOCK;
         for (int64_t side = 0; side < SIDES; ++side) {
             const int64_t all = rows_of(p, side), height = gram_rows(p, side);
@@ -96,7 +96,7 @@ CoresPlan::CoresPlan(const std::vector<Problem>& problems, const int64_t* rows, 
                 scratch += triangle(r);
             }
         }
-        const bool large = !fits_cores(r, shared_limit);
+        const bool large = !fits_cores(r, shared_limit_);
         work[TRIANGLES] = scratch;
         if (large) scratch += 2 * triangle(r);
         modules[large].push_back(i);
@@ -104,7 +104,7 @@ CoresPlan::CoresPlan(const std::vector<Problem>& problems, const int64_t* rows, 
         spectra.push_back(results);
         results += SPECTRUM_HEAD + r;
         cores_[large].largest_rank = std::max(cores_[large].largest_rank, r);
-        if (!fits_svd(r, shared_limit)) continue;
+        if (!fits_svd(r, shared_limit_)) continue;
         size_t bucket = 0;
         while (r > buckets[bucket]) ++bucket;
         in_bucket[bucket].push_back(i);

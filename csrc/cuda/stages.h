@@ -25,8 +25,9 @@ struct Place {
 // Five launches at most where ranks are alike: gram, cores, svd. Ranks on both sides of a limit make further ones.
 class CoresPlan {
   public:
-    // rows [modules, COLUMNS], scales [modules], as in `problems`.
-    CoresPlan(const std::vector<Problem>& problems, const int64_t* rows, const double* scales, int64_t shared_limit);
+    // rows [modules, COLUMNS], scales [modules], as in `problems`. Throws std::runtime_error if there is no such
+    // device.
+    CoresPlan(const std::vector<Problem>& problems, const int64_t* rows, const double* scales, int device);
 
     // Throws std::runtime_error naming the stage.
     void launch(const Place& place) const;

@@ -43,9 +43,7 @@ def certified(
         errors = (measured + floors).tolist()
         # The sum is loose where one of its small terms is not small: hidden cancellation, or storage that underflows.
         hidden, rounded = floors > measured / 2, rounding > lost
-    remeasure = [
-        i for i in np.flatnonzero(hidden | rounded).tolist() if hidden[i] or rounding[i] > 0.1 * norm(i)
-    ]
+    remeasure = [i for i in np.flatnonzero(hidden | rounded).tolist() if hidden[i] or rounding[i] > 0.1 * norm(i)]
 
     def measure(i: int) -> float:
         from ..certificate import difference

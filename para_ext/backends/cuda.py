@@ -95,7 +95,7 @@ class Stages:
                 dtype=np.int64,
             ).reshape(len(factors), native.COLUMNS)
             scales = np.array([f.scale for f in factors], dtype=np.float64)
-            plan = native.CoresPlan(table, scales, native.shared_limit(device.index or 0))
+            plan = native.CoresPlan(table, scales, device.index or 0)
             results = self._launch(plan, device, stream)
         starts = plan.spectra.tolist()
         spectra = [results[i : i + _SIGMA + f.rank] for f, i in zip(factors, starts, strict=True)]
