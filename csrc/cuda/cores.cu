@@ -341,6 +341,10 @@ __global__ void __launch_bounds__(CORES_THREADS) cores(Batch batch, const int64_
     }
 }
 
+int64_t shared_limit_of(int device) {
+    return static_cast<int64_t>(shared_limit(device));
+}
+
 const char* launch_gram(const Batch& batch, bool large, const int64_t* spans, int64_t count, int64_t shared_limit,
                         void* stream) {
     const GramShape shape = gram_shape(large, shared_limit);
