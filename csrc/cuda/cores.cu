@@ -58,9 +58,7 @@ __global__ void __launch_bounds__(GRAM_THREADS, STRIP == SMALL_STRIP ? 4 : 1)
     const int width = split + wide;
     const Layout layout = layout_of(x, width == x.columns);
     const int apart = apart_of(layout, width);
-    const int slots = PREFETCH * GRAM_THREADS * layout.chunk / width;
-    int height = min((PANEL - STRIP) / apart, slots);  // the last strip of the last row may reach beyond it
-    if (height >= 8) height &= ~7;                     // keeps chunks aligned; single elements may be fewer
+    const int height = most_rows(layout, width, apart, PANEL - STRIP);  // a row's last strip may reach beyond it
     const PanelReader reader(x, layout, height, width, split, right - left - split);
     double sum[STRIP][STRIP] = {};
     int chain = 0;
