@@ -1,4 +1,5 @@
 # make test     build sdist and wheel, install the wheel into .venv, run every test against it
+# make test-sanitizers   the CUDA kernels, emulated, under ASan, UBSan and TSan
 # make lint     ruff, mypy, clang-format
 # make bench    time the stages and the whole call beside plain torch and the machine's floor
 # make bench-peers   time other tools' ways on a small adapter
@@ -9,13 +10,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
-PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
+SOURCES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
 export PARA_EXT_NATIVE ?= ON
 export PARA_EXT_WERROR ?= ON
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test test-pure lint format bench bench-peers demo dev clean
+.PHONY: test test-pure test-sanitizers lint format bench bench-peers demo dev clean
 
 test: $(VENV)/installed
 	PARA_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest $(PYTEST_ARGS)
@@ -30,16 +32,19 @@ test-pure: $(VENV)/installed
 	build/pure/bin/para-ext info
 	build/pure/bin/python -m pytest -q tests/test_pure.py
 
+test-sanitizers: $(VENV)/installed
+	$(BIN)/pytest -m sanitizers $(PYTEST_ARGS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(SOURCES)
 
 bench: $(VENV)/installed
 	mkdir -p build

@@ -1,21 +1,15 @@
-// The native module `_cpu`: one table of addresses in, numbers out. The only file that knows pybind11; it includes
-// nothing of torch, so one build serves every version of it. Types and meaning: para_ext/_cpu.pyi.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
-
+// The native module `_cpu`: one table of addresses in, numbers out. Nothing of torch is included, so one build serves
+// every version of it. Types and meaning: para_ext/_cpu.pyi.
 #include "arena.h"
 #include "cpu/stages.h"
+#include "tables.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Table = py::array_t<int64_t, py::array::c_style>;  // [modules, COLUMNS]
-using Scales = py::array_t<double, py::array::c_style>;  // [modules]
+using para::Scales;
+using para::Table;
 
 const para::Kernels& kernels_named(const std::string& isa) {
     int count;
@@ -26,50 +20,10 @@ const para::Kernels& kernels_named(const std::string& isa) {
     throw std::invalid_argument("ISA level '" + isa + "' is not built in or not supported by this machine");
 }
 
-para::DType dtype_of(int64_t code) {
-    if (code < 0 || code > 2) throw std::invalid_argument("dtype code " + std::to_string(code) + " is unknown");
-    return static_cast<para::DType>(code);
-}
-
-template <class T>
-T* pointer(int64_t address) {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
-
-std::vector<para::Problem> problems_of(const Table& table, const Scales& scales) {
-    if (table.ndim() != 2 || table.shape(1) != para::COLUMNS || scales.ndim() != 1 ||
-        scales.shape(0) != table.shape(0)) {
-        throw std::invalid_argument("the table must be [modules, " + std::to_string(para::COLUMNS) +
-                                    "] and the scales [modules]");
-    }
-    std::vector<para::Problem> problems;
-    problems.reserve(static_cast<size_t>(table.shape(0)));
-    for (py::ssize_t i = 0; i < table.shape(0); ++i) {
-        const int64_t* row = table.data(i, 0);
-        const int64_t r = row[para::RANK];
-        if (r < 1 || row[para::B_ROWS] < 1 || row[para::A_COLS] < 1 || row[para::NEW_RANK] < 0) {
-            throw std::invalid_argument("row " + std::to_string(i) + " of the table has an empty shape");
-        }
-        problems.push_back({
-            {pointer<const void>(row[para::B_DATA]), row[para::B_ROWS], r, row[para::B_ROW_STRIDE],
-             row[para::B_COL_STRIDE], dtype_of(row[para::B_DTYPE])},
-            {pointer<const void>(row[para::A_DATA]), r, row[para::A_COLS], row[para::A_ROW_STRIDE],
-             row[para::A_COL_STRIDE], dtype_of(row[para::A_DTYPE])},
-            scales.data()[i],
-            para::Core(pointer<void>(row[para::CORE]), r),
-            row[para::NEW_RANK],
-            pointer<void>(row[para::NEW_B]),
-            pointer<void>(row[para::NEW_A]),
-            dtype_of(row[para::NEW_DTYPE]),
-        });
-    }
-    return problems;
-}
-
 template <class Stage>
 auto run(Stage stage, const Table& table, const Scales& scales, int threads, const std::string& isa) {
     const para::Kernels& kernels = kernels_named(isa);
-    const std::vector<para::Problem> problems = problems_of(table, scales);
+    const std::vector<para::Problem> problems = para::checked_problems(table, scales);
     py::gil_scoped_release release;
     return stage(problems, kernels, threads);
 }

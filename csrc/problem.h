@@ -6,6 +6,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define PARA_HOST_DEVICE __host__ __device__
+#else
+#define PARA_HOST_DEVICE
+#endif
+
 namespace para {
 
 enum class DType : int64_t { f32 = 0, f16 = 1, bf16 = 2 };
@@ -29,7 +35,7 @@ struct Core {
 
     static constexpr int64_t words(int64_t r) { return 4 * r * r + 3 * r + 4; }
 
-    Core(void* memory, int64_t r) {
+    PARA_HOST_DEVICE Core(void* memory, int64_t r) {
         r_b = static_cast<double*>(memory);
         r_a = r_b + r * r;
         m = r_a + r * r;
@@ -61,7 +67,7 @@ struct Problem {
     void *new_b, *new_a;  // [m, k], [k, n], contiguous
     DType new_dtype;
 
-    int64_t rank() const { return b.cols; }
+    PARA_HOST_DEVICE int64_t rank() const { return b.cols; }
 };
 
 // Columns of the table, in order. The last four are read by stage 3 only.
@@ -84,5 +90,25 @@ enum Column : int64_t {
     NEW_DTYPE,
     COLUMNS
 };
+
+template <class T>
+PARA_HOST_DEVICE inline T* pointer(int64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+// What a row [COLUMNS] of the table says.
+PARA_HOST_DEVICE inline Problem problem_of(const int64_t* row, double scale) {
+    const int64_t r = row[RANK];
+    return {{pointer<const void>(row[B_DATA]), row[B_ROWS], r, row[B_ROW_STRIDE], row[B_COL_STRIDE],
+             static_cast<DType>(row[B_DTYPE])},
+            {pointer<const void>(row[A_DATA]), r, row[A_COLS], row[A_ROW_STRIDE], row[A_COL_STRIDE],
+             static_cast<DType>(row[A_DTYPE])},
+            scale,
+            Core(pointer<void>(row[CORE]), r),
+            row[NEW_RANK],
+            pointer<void>(row[NEW_B]),
+            pointer<void>(row[NEW_A]),
+            static_cast<DType>(row[NEW_DTYPE])};
+}
 
 }  // namespace para

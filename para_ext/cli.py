@@ -25,7 +25,9 @@ _THREADS = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads to use; all CPUs, or OMP_NUM_THREADS, by default."
 )
 _BACKEND = click.option(
-    "--backend", type=click.Choice(["cpu", "torch"]), help="Native core or plain PyTorch; the native one by default."
+    "--backend",
+    type=click.Choice(["cpu", "cuda", "torch"]),
+    help="Native core, CUDA kernels or plain PyTorch; by default the native one where the factors are.",
 )
 _DTYPES = ["same", "fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, Union, overload
 from . import __version__
 from .arrays import as_tensor, checked_dtype
 from .backends import Truncated
-from .decomposition import Decomposition, checked_threads
+from .decomposition import Decomposition, checked_threads, cuda_backend
 from .errors import ParaError
 from .factors import LoraFactors
 from .formats import PeftAdapter, read_adapter
@@ -48,8 +48,9 @@ def decompose(
     Args:
         source: an adapter folder, a live model with LoRA layers, or LoraFactors.
         adapter_name: of a live model's adapters; the active one if None.
-        backend: "cpu" (native) or "torch"; the fastest that is installed and takes the factors if None.
-        device: where to work on an adapter folder: "auto", "cpu" or "cuda".
+        backend: "cpu" or "cuda" (native, where the factors are) or "torch"; the fastest that is installed and takes the
+            factors if None.
+        device: where to work on an adapter folder: "cpu", "cuda" or "auto", which is "cuda" for that backend only.
         threads: how many to use; if None, ``torch.get_num_threads()`` where PyTorch is loaded, otherwise
             OMP_NUM_THREADS or the CPUs of this process. Results don't depend on it.
 
@@ -67,7 +68,7 @@ def decompose(
         factors: Iterable[LoraFactors] = read_model(source, adapter_name).factors
     elif isinstance(source, str | Path):
         adapter = read_adapter(Path(source))
-        factors, layout = _moved(adapter.factors, device), adapter.layout(None, " " * _HEADER_TEXT)
+        factors, layout = _moved(adapter.factors, device, backend), adapter.layout(None, " " * _HEADER_TEXT)
     elif isinstance(source, Iterable):
         factors = source
     else:
@@ -178,7 +179,7 @@ def compress_adapter(
     with ThreadPoolExecutor(1) as hasher:  # hashlib releases the GIL, so reading the file twice overlaps with work
         digest = hasher.submit(_sha256, adapter.weights)
         say(f"decomposing {len(adapter.factors)} modules")
-        decomposition = Decomposition(_moved(adapter.factors, device), backend, threads)
+        decomposition = Decomposition(_moved(adapter.factors, device, backend), backend, threads)
         layout = adapter.layout(code, " " * _HEADER_TEXT)
         spectra = Spectra(decomposition.spectra.modules, layout)
         plans = [spectra.plan(**(budget if k is None else {**budget, "keep": k})) for k in keeps]
@@ -226,7 +227,10 @@ def _is_model(source: object) -> TypeGuard[nn.Module]:
     return "torch" in sys.modules and isinstance(source, sys.modules["torch"].nn.Module)
 
 
-def _moved(factors: Iterable[LoraFactors], device: str) -> Iterable[LoraFactors]:
+def _moved(factors: Iterable[LoraFactors], device: str, backend: str | None) -> Iterable[LoraFactors]:
+    if device == "auto" and backend == "cuda":
+        cuda_backend(required=True)
+        device = "cuda"
     if device in ("auto", "cpu"):
         return factors
     if device != "cuda":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import NUMPY, Array, as_tensor, checked_dtype, code_of, default_threads, dtype_name, torch_dtype
+from .arrays import NUMPY, Array, as_tensor, checked_dtype, code_of, default_threads, device_of, dtype_name, torch_dtype
 from .backends import Backend, Truncated
 from .errors import ParaError, shown
 from .factors import LoraFactors, as_tensors, check_factors, written_code
@@ -24,7 +24,7 @@ from .spectra import ModuleSpectrum, Spectra
 if TYPE_CHECKING:
     import torch
 
-BACKENDS = ("cpu", "torch")
+BACKENDS = ("cpu", "cuda", "torch")
 
 
 class Decomposition:
@@ -61,7 +61,7 @@ class Decomposition:
     @property
     def backends(self) -> tuple[str, ...]:
         """Names of the backends at work."""
-        return tuple(stages.NAME for stages, _, _ in self._parts)
+        return tuple(dict.fromkeys(stages.NAME for stages, _, _ in self._parts))
 
     def truncate(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | str | None = None) -> list[LoraFactors]:
         """New factors at the plan's ranks, scale 1, as torch tensors; see :meth:`truncate_certified`."""
@@ -88,7 +88,7 @@ class Decomposition:
         """
         ranks = self._ranks(plan.ranks if isinstance(plan, Plan) else plan)
         code = checked_dtype(dtype)
-        if code == "F64" and "cpu" in self.backends:
+        if code == "F64" and set(self.backends) != {"torch"}:
             raise ParaError("the native core does not write float64; decompose with backend='torch' for that")
         results: list[Truncated | None] = [None] * len(self.factors)
         unchanged = [i for i, f in enumerate(self.factors) if ranks[i] == f.rank]
@@ -148,16 +148,31 @@ class Decomposition:
 
 
 def _assign(factors: Sequence[LoraFactors], wanted: str | None) -> list[tuple[Backend, list[int]]]:
-    """Backends, and the modules that each takes: `torch` whatever no other one does."""
+    """Backends, and the modules that each takes, all on one device: `torch` whatever no other one does."""
     if wanted is not None and wanted not in BACKENDS:
         raise ParaError(f"backend '{wanted}' is unknown; use one of {', '.join(BACKENDS)}")
-    chosen: dict[str, list[int]] = {}
-    native = None if wanted == "torch" else native_backend(required=wanted == "cpu")
+    native = native_backend(required=wanted == "cpu") if wanted in (None, "cpu") else None
     if native is None and wanted is None:
         _warn_without_native()
+    on_gpu = [device_of(f.B).startswith("cuda") for f in factors]
+    cuda = None
+    if wanted == "cuda" or (wanted is None and any(on_gpu)):
+        cuda = cuda_backend(required=wanted == "cuda")
+    if wanted == "cuda" and not all(on_gpu):
+        raise ParaError(
+            f"module '{factors[on_gpu.index(False)].name}': its factors are not on a CUDA device; move them there, or "
+            "use another backend"
+        )
+    chosen: dict[tuple[str, str], tuple[Backend, list[int]]] = {}
     for i, f in enumerate(factors):
-        chosen.setdefault("cpu" if native is not None and native.supports(f) else "torch", []).append(i)
-    return [(importlib.import_module(f"{__package__}.backends.{name}"), members) for name, members in chosen.items()]
+        for stages in (native, cuda):
+            if stages is not None and stages.supports(f):
+                break
+        else:
+            stages = importlib.import_module(f"{__package__}.backends.torch")
+        where = device_of(f.B) if stages is cuda else ""
+        chosen.setdefault((stages.NAME, where), (stages, []))[1].append(i)
+    return list(chosen.values())
 
 
 def checked_threads(threads: int | None) -> int:
@@ -183,6 +198,34 @@ def native_backend(required: bool = False) -> Any:
                 f"the native core is not installed ({error}); reinstall with a C++ compiler and PARA_EXT_NATIVE=ON"
             ) from error
         return None
+
+
+def cuda_backend(required: bool = False) -> Any:
+    """The `cuda` backend, or None where its kernels were not built.
+
+    Raises:
+        ParaError: if it is required and missing, or there is no device to run it.
+    """
+    try:
+        stages = importlib.import_module(f"{__package__}.backends.cuda").stages()
+    except ImportError as error:
+        if required:
+            raise ParaError(
+                f"the CUDA kernels are not installed ({error}); reinstall with nvcc and PARA_EXT_CUDA=ON"
+            ) from error
+        return None
+    if required and (reason := without_cuda()):
+        raise ParaError(f"there is no CUDA device to work on ({reason}); use backend='cpu' or 'torch'")
+    return stages
+
+
+def without_cuda() -> str:
+    """Why PyTorch has no CUDA device; empty where it has one."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    return "" if torch.cuda.is_available() else "PyTorch finds no CUDA device or driver"
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .decomposition import native_backend
+from .decomposition import cuda_backend, native_backend, without_cuda
 from .errors import ParaError
 
 
@@ -20,21 +20,17 @@ def installation() -> dict[str, Any]:
         core = "built"
     except ParaError as error:
         isa, core = "none", str(error)
+    kernels = "built" if cuda_backend() else "not built: reinstall with nvcc and PARA_EXT_CUDA=ON"
+    reason = without_cuda()
+    cuda = kernels == "built" and not reason
     return {
         "para_ext": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "native core": core,
         "ISA level": isa,
-        "backends": ["cpu", "torch"] if core == "built" else ["torch"],
+        "CUDA kernels": kernels,
+        "CUDA": f"not available: {reason}" if reason else torch.cuda.get_device_name(),
+        "backends": [*(["cpu"] if core == "built" else []), *(["cuda"] if cuda else []), "torch"],
         "threads": str(torch.get_num_threads()),
-        "CUDA": _cuda(),
     }
-
-
-def _cuda() -> str:
-    if torch.version.cuda is None:
-        return "not available: this PyTorch was built without CUDA"
-    if not torch.cuda.is_available():
-        return "not available: PyTorch finds no CUDA device or driver"
-    return f"{torch.cuda.get_device_name()} (through the torch backend)"

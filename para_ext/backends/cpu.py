@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _cpu
-from ..arrays import NUMPY, UNIT_ROUNDOFF, Array, as_tensor, code_of, is_tensor
+from ..arrays import NUMPY, Array, as_tensor, code_of, is_tensor
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..pool import map_single_threaded
 from . import Truncated
+from .certified import certified
+from .large import left_vectors
 
 NAME = "cpu"
 
@@ -143,14 +145,9 @@ def svd(cores: Cores, threads: int) -> list[list[float]]:
     def decompose(i: int) -> None:
         import torch
 
-        # V from MᵀM, at two thirds of the cost of an SVD: its error u‖M‖²/σ is within what the Gram matrices left.
-        M = torch.from_numpy(cores.block(i, 2))
-        exponent = math.frexp(float(M.abs().max()))[1]
-        M = M * math.ldexp(1.0, -(exponent // 2)) * math.ldexp(1.0, exponent // 2 - exponent)
-        US = M @ torch.linalg.eigh(M.mT @ M).eigenvectors.flip(1)
-        S, order = torch.linalg.vector_norm(US, dim=0).sort(descending=True, stable=True)
-        cores.block(i, 3)[:] = (US[:, order] / S.where(S > 0, 1.0)).numpy()
-        cores.sigma(i)[:] = S.numpy() * math.ldexp(1.0, exponent // 2) * math.ldexp(1.0, exponent - exponent // 2)
+        U, S = left_vectors(torch.from_numpy(cores.block(i, 2)))
+        cores.block(i, 3)[:] = U.numpy()
+        cores.sigma(i)[:] = S.numpy()
 
     if large:
         map_single_threaded(decompose, large, threads)
@@ -190,37 +187,15 @@ def truncate(
             bits = whole[code]
             outputs.append((bits[B : B + m * k].reshape(m, k), bits[A : A + k * n].reshape(k, n)))
     certificates = _cpu.truncate(table, cores.scales, threads, ISA)
-    lost, stretch_B, stretch_A, rounding_B, rounding_A, weighted_B, weighted_A = certificates.T
-    for i in np.flatnonzero(table[:, _NEW_RANK] == 0).tolist():
-        lost[i] = math.hypot(*cores.sigma(i).tolist())
-
-    # What a Gram matrix in fp64 can hide: perturbing BᵀB by c·r·u moves ‖BX‖ by up to √(c·r·u)·‖B‖‖X‖.
-    floors = np.sqrt(30 * UNIT_ROUNDOFF * table[:, _RANK]) * cores.betas
-    with np.errstate(all="ignore"):  # an overflow in storage is refused by the caller, who knows the module's name
-        rounding = stretch_B * weighted_A + stretch_A * weighted_B + rounding_B * rounding_A
-        measured = lost + rounding
-        errors = (measured + floors).tolist()
-        # The sum is loose where one of its small terms is not small: hidden cancellation, or storage that underflows.
-        hidden, rounded = floors > measured / 2, rounding > lost
-    remeasure = [
-        i
-        for i in np.flatnonzero(hidden | rounded).tolist()
-        if hidden[i] or rounding[i] > 0.1 * math.hypot(*cores.sigma(i).tolist())
-    ]
-
-    def measure(i: int) -> float:
-        from ..certificate import difference
-
-        f = factors[i]
-        B, A = outputs[i]
-        return difference(f.B, f.A, f.scale, B, A)
-
-    for i, error in zip(remeasure, map_single_threaded(measure, remeasure, threads), strict=True):
-        errors[i] = min(errors[i], error)
-    return [
-        Truncated(B, A, *numbers)
-        for (B, A), *numbers in zip(outputs, errors, rounding_B.tolist(), rounding_A.tolist(), strict=True)
-    ]
+    return certified(
+        factors,
+        outputs,
+        table[:, [_RANK, _NEW_RANK]],
+        certificates,
+        cores.betas,
+        lambda i: math.hypot(*cores.sigma(i).tolist()),
+        threads,
+    )
 
 
 def levels() -> list[str]:
