@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CODES
+from emulator import build
 
 import para_ext
 from para_ext import LoraFactors
@@ -99,3 +101,30 @@ def test_stub_names_the_whole_module() -> None:
     declared |= {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     assert declared == {name for name in dir(_cpu) if not name.startswith("_")}
     assert _cpu.core_words(3) == 4 * 9 + 3 * 3 + 4
+
+
+@pytest.mark.sanitizers
+@pytest.mark.parametrize("mode", ["address", "thread"])
+def test_core_under_sanitizers(mode: str, tmp_path: Path) -> None:
+    """tests/sanitized.cpp with every level that is built in, as CMakeLists.txt compiles them but for the optimizer."""
+    if (compiler := build.compiler()) is None:
+        pytest.skip("there is no C++ compiler")
+    flags = [*build.MODES[mode][0], "-g1", "-std=c++17", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
+    levels = [level for level in ("v4", "v3", "v2") if platform.machine() in ("x86_64", "AMD64")]
+    objects = [tmp_path / f"{level}.o" for level in (*levels, "plain")]
+
+    def compiled(*arguments: str) -> None:
+        subprocess.run([*compiler, *flags, *arguments], check=True)
+
+    for target in objects:
+        march = [] if target.stem == "plain" else [f"-march=x86-64-{target.stem}"]
+        source = str(build.CSRC / "cpu" / "kernels.cpp")
+        compiled(*march, f"-DPARA_ISA={target.stem}", "-c", source, "-o", str(target))
+    sources = [
+        Path(__file__).with_name("sanitized.cpp"),
+        *(build.CSRC / "cpu" / f"{x}.cpp" for x in ("stages", "dispatch")),
+    ]
+    program = tmp_path / "sanitized"
+    chosen = ["-DPARA_X86_LEVELS"] if levels else []
+    compiled(*chosen, *map(str, [*sources, *objects]), "-o", str(program))
+    assert build.run(program, mode).stdout == "right\n"
