@@ -1,7 +1,7 @@
 """Types of the CUDA kernels' module (csrc/cuda/bindings.cpp).
 
-A plan says which thread blocks do what. Its ``tables`` must be copied to the device; ``scratch`` and ``results`` are how
-many 8-byte words it needs there. All addresses are multiples of 16; a launch waits for nothing.
+A plan says which thread blocks do what. Its ``tables`` must be copied to the device; ``scratch`` and ``results`` are
+how many 8-byte words it needs there. All addresses are multiples of 16; a launch waits for nothing.
 """
 
 import numpy as np

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from emulator import build
+from torch import Tensor
 
-BACKENDS = ("cpu", "cuda-emulated", "torch")
+from para_ext.arrays import as_tensor
+from para_ext.backends import Truncated
+from para_ext.factors import LoraFactors
+
+BACKENDS = ("cpu", "cuda-emulated", pytest.param("cuda", marks=pytest.mark.gpu), "torch")
 
 Record = Callable[[str, str, str, float], None]
 
@@ -34,12 +39,56 @@ def backend(request: pytest.FixtureRequest) -> Any:
     """A module with the three stages; PARA_EXT_REQUIRE_NATIVE=1 makes a missing native core a failure."""
     if request.param == "cuda-emulated":
         return request.getfixturevalue("emulated").stages
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("PyTorch finds no GPU")
+        return OnGpu()
     try:
         return importlib.import_module(f"para_ext.backends.{request.param}")
     except ImportError as error:
         if os.environ.get("PARA_EXT_REQUIRE_NATIVE") == "1":
             pytest.fail(f"backend {request.param}: {error}")
         pytest.skip(f"backend {request.param} is not built here")
+
+
+class OnGpu:
+    """The CUDA backend for tests whose factors are in the CPU's memory."""
+
+    NAME = "cuda"
+
+    def __init__(self) -> None:
+        from para_ext.backends.cuda import stages
+
+        self.stages = stages()
+
+    @staticmethod
+    def _moved(f: LoraFactors) -> LoraFactors:
+        # Strides are part of what is tested.
+        return replace(f, **{name: _like(getattr(f, name)) for name in ("B", "A")})
+
+    def supports(self, f: LoraFactors) -> bool:
+        return self.stages.supports(self._moved(f))
+
+    def cores(self, factors: Sequence[LoraFactors], threads: int) -> Any:
+        return self.stages.cores([self._moved(f) for f in factors], threads)
+
+    def svd(self, cores: Any, threads: int) -> list[list[float]]:
+        return self.stages.svd(cores, threads)
+
+    def betas(self, cores: Any) -> list[float]:
+        return self.stages.betas(cores)
+
+    def truncate(
+        self, factors: Sequence[LoraFactors], cores: Any, ranks: Sequence[int], codes: Sequence[str], threads: int
+    ) -> list[Truncated]:
+        new = self.stages.truncate(cores.factors, cores, ranks, codes, threads)
+        return [replace(t, B=as_tensor(t.B).cpu(), A=as_tensor(t.A).cpu()) for t in new]
+
+
+def _like(x: Tensor) -> Tensor:
+    """x on the GPU, with its strides and the alignment of its first element."""
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).cuda()
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 @dataclass(frozen=True)

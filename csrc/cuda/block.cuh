@@ -22,10 +22,20 @@ struct Job {
 __device__ __forceinline__ Job shared_job(const Batch& batch, int64_t module) {
     PARA_SHARED(int64_t, row, COLUMNS);
     PARA_SHARED(int64_t, work, WORK_COLUMNS);
+    PARA_SHARED(double, scale, 1);
     share(batch.rows + module * COLUMNS, COLUMNS, row);
     share(batch.work + module * WORK_COLUMNS, WORK_COLUMNS, work);
+    if (threadIdx.x == 0) scale[0] = read(batch.scales + module);
     __syncthreads();
-    return {problem_of(row, read(batch.scales + module)), work};
+    return {problem_of(row, scale[0]), work};
+}
+
+// That of the module whose number the block has in `modules`.
+__device__ __forceinline__ Job listed_job(const Batch& batch, const int64_t* modules) {
+    PARA_SHARED(int64_t, module, 1);
+    share(modules + blockIdx.x, 1, module);
+    __syncthreads();
+    return shared_job(batch, module[0]);
 }
 
 // Sums of x over groups of LANES neighbouring lanes, the same bits in each of them.
@@ -62,14 +72,15 @@ __device__ __forceinline__ double sum_of_block(double x, double* warps) {
     return total;
 }
 
-// finish(i, j, Σ_l left(i, l) · right(l, j)) for i < rows, j < columns, l from `from(i)` on; TILE × TILE per thread.
-template <int TILE, class Left, class Right, class Finish>
+// finish(i, j, Σ_l left(i, l) · right(l, j)) for i < rows, j < columns, l < inner; TILE × TILE per thread. `upper`:
+// left is an upper triangle, 0 where l < i.
+template <int TILE, bool upper = false, class Left, class Right, class Finish>
 __device__ __forceinline__ void small_product(int rows, int columns, int inner, Left left, Right right, Finish finish) {
     const int high = (rows + TILE - 1) / TILE, wide = (columns + TILE - 1) / TILE;
     for (int tile = static_cast<int>(threadIdx.x); tile < high * wide; tile += static_cast<int>(blockDim.x)) {
         const int i = tile / wide * TILE, j = tile % wide * TILE;
         double sum[TILE][TILE] = {};
-        for (int l = 0; l < inner; ++l) {
+        for (int l = upper ? i : 0; l < inner; ++l) {
             double x[TILE], y[TILE];
 #pragma unroll
             for (int t = 0; t < TILE; ++t) {  // beyond the edge the last one again

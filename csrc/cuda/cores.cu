@@ -64,7 +64,11 @@ __global__ void __launch_bounds__(GRAM_THREADS, STRIP == SMALL_STRIP ? 4 : 1)
     const PanelReader reader(x, layout, height, width, split, right - left - split);
     double sum[STRIP][STRIP] = {};
     int chain = 0;
+#ifdef PARA_BUG_UNINITIALISED
+    bool fresh = false;
+#else
     bool fresh = true;
+#endif
     const auto total = [&] {
         if (me < threads) {
 #pragma unroll
@@ -168,7 +172,7 @@ template <bool LARGE>
 __global__ void __launch_bounds__(CORES_THREADS) cores(Batch batch, const int64_t* modules) {
     PARA_DYNAMIC_SHARED(memory);
     PARA_SHARED(Pivoting, shared, 1);
-    const Job job = shared_job(batch, read(modules + blockIdx.x));
+    const Job job = listed_job(batch, modules);
     const Problem& p = job.problem;
     const Core& core = p.core;
     const int r = static_cast<int>(p.rank()), packed = static_cast<int>(triangle(r));
@@ -177,10 +181,13 @@ __global__ void __launch_bounds__(CORES_THREADS) cores(Batch batch, const int64_
     const int warp = me / 32, lane = me % 32;
     Pivoting& mine = shared[0];
 
-    auto* const small = reinterpret_cast<double*>(memory);  // [2][scale [r]], [2][pivot [r]], and the triangles
+    // scale [2][r], pivot [2][r], place [r], and the triangles; see cores_shared().
+    auto* const small = reinterpret_cast<double*>(memory);
     double* const scale = small + side * r;
     int* const pivot = reinterpret_cast<int*>(small + 2 * r) + side * r;
-    double* const g = (LARGE ? batch.scratch + job.work[TRIANGLES] : small + 3 * r) + int64_t{side} * packed;
+    auto* const place = reinterpret_cast<int16_t*>(small + 3 * r);
+    double* const triangles = LARGE ? batch.scratch + job.work[TRIANGLES] : small + 3 * r + (r + 3) / 4;
+    double* const g = triangles + int64_t{side} * packed;
 
     // Partial sums in eights, and the eights.
     const int64_t parts = job.work[PARTS_B + side];
@@ -289,28 +296,40 @@ __global__ void __launch_bounds__(CORES_THREADS) cores(Batch batch, const int64_
     double* const out = side == 1 ? core.r_a : core.r_b;
     for (int i = warp; i < r; i += HALF / 32) {
         for (int j = lane; j < r; j += 32) {
-            const double x = i < rank && j >= i ? g[packed_row(r, i) + j] / scale[pivot[j]] : 0;
+            double x = 0;
+            if (i < rank && j >= i) x = g[packed_row(r, i) + j] /= scale[pivot[j]];
             write(out + i * r + pivot[j], x);
         }
     }
     int64_t* const order = side == 1 ? core.pivot_a : core.pivot_b;
-    for (int j = me; j < r; j += HALF) write(order + j, int64_t{pivot[j]});
+    for (int j = me; j < r; j += HALF) {
+        write(order + j, int64_t{pivot[j]});
+        if (side == 1) place[pivot[j]] = static_cast<int16_t>(j);
+    }
     if (me == 0) {
         write(core.ranks + side, int64_t{rank});
         write(core.squared_norms + side, mine.squared_norm[side]);
     }
     __syncthreads();
 
+    // M's sums take the columns in the order in which B's were eliminated.
+    const int* const column = reinterpret_cast<int*>(small + 2 * r);
     const int rank_b = mine.rank[0], rank_a = mine.rank[1];
     bool finite = true;
-    small_product<4>(
-        r, r, r, [&](int i, int l) { return i < rank_b ? read(core.r_b + i * r + l) : 0; },
-        [&](int l, int j) { return j < rank_a ? read(core.r_a + j * r + l) : 0; },
+    small_product<4, true>(
+        rank_b, rank_a, r, [&](int i, int l) { return l < i ? 0 : triangles[packed_row(r, i) + l]; },
+        [&](int l, int j) {
+            const int at = place[column[l]];
+            return at < j ? 0 : triangles[packed + packed_row(r, j) + at];
+        },
         [&](int i, int j, double sum) {
             const double m = p.scale * sum;
             finite = finite && isfinite(m);
             write(core.m + i * r + j, m);
         });
+    for (int e = static_cast<int>(threadIdx.x); e < r * r; e += CORES_THREADS) {
+        if (e / r >= rank_b || e % r >= rank_a) write(core.m + e, 0.0);
+    }
     const bool overflow = __syncthreads_or(!finite);
     if (threadIdx.x == 0) {
         double* const spectrum = batch.results + job.work[SPECTRUM];
@@ -332,9 +351,8 @@ const char* launch_gram(const Batch& batch, bool large, const int64_t* spans, in
 const char* launch_cores(const Batch& batch, const int64_t* modules, int64_t count, int64_t largest_rank,
                          int64_t shared_limit, void* stream) {
     const bool large = !fits_cores(largest_rank, shared_limit);
-    const size_t shared = (3 * largest_rank + (large ? 0 : 2 * triangle(largest_rank))) * sizeof(double);
-    return launch(large ? cores<true> : cores<false>, dim3(static_cast<unsigned>(count)), CORES_THREADS, shared,
-                  static_cast<Stream>(stream), batch, modules);
+    return launch(large ? cores<true> : cores<false>, dim3(static_cast<unsigned>(count)), CORES_THREADS,
+                  static_cast<size_t>(cores_shared(largest_rank, large)), static_cast<Stream>(stream), batch, modules);
 }
 
 }  // namespace para::cuda

@@ -21,12 +21,20 @@ const char* launch_truncate(const Batch& batch, const int64_t* spans, int64_t co
 
 constexpr int64_t STATIC_SHARED = 1024;  // bytes that kernels have beside their dynamic shared memory, at most
 
+constexpr int64_t cores_shared(int64_t r, bool large) {
+    return (3 * r + (r + 3) / 4 + (large ? 0 : 2 * triangle(r))) * 8;
+}
+
 constexpr bool fits_cores(int64_t r, int64_t shared_limit) {
-    return (3 * r + 2 * triangle(r)) * 8 + STATIC_SHARED / 2 <= shared_limit;
+    return cores_shared(r, false) + STATIC_SHARED / 2 <= shared_limit;
 }
 
 constexpr int64_t svd_shared(int64_t r) {
+#ifdef PARA_BUG_OUT_OF_BOUNDS
+    return (r * (r | 1) + r) * 8;
+#else
     return (r * (r | 1) + 2 * r) * 8;
+#endif
 }
 
 constexpr bool fits_svd(int64_t r, int64_t shared_limit) {

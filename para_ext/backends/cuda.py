@@ -1,8 +1,8 @@
 """Backend `cuda`: the three stages as CUDA kernels over a ragged batch, on the factors' device and in torch's stream.
 
 fp16, bf16 and fp32 factors are read where they lie; memory is torch's. The host waits once for the spectra and once for
-the certificates. Cores too large for a thread block's shared memory, or on which Jacobi did not converge, are decomposed
-by torch.linalg on the device.
+the certificates. Cores too large for a thread block's shared memory, or on which Jacobi did not converge, are
+decomposed by torch.linalg on the device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PER_MODULE, _PER_SPAN = 3, 2
 
 @dataclass(eq=False)
 class Cores:
-    """R_B, R_A, M, U, σ of every module in one workspace on the device (layout: csrc/problem.h, Core), and its table."""
+    """R_B, R_A, M, U, σ of every module in one workspace on the device (csrc/problem.h, Core), and its table."""
 
     factors: tuple[LoraFactors, ...]
     table: NDArray[np.int64]  # [modules, COLUMNS]
@@ -95,7 +95,8 @@ class Stages:
                 dtype=np.int64,
             ).reshape(len(factors), native.COLUMNS)
             scales = np.array([f.scale for f in factors], dtype=np.float64)
-            plan = native.CoresPlan(table, scales, device.index or 0)
+            with _told():
+                plan = native.CoresPlan(table, scales, device.index or 0)
             results = self._launch(plan, device, stream)
         starts = plan.spectra.tolist()
         spectra = [results[i : i + _SIGMA + f.rank] for f, i in zip(factors, starts, strict=True)]
@@ -188,12 +189,19 @@ class Stages:
             tables = tables.pin_memory().to(device, non_blocking=True)
         scratch = torch.empty(plan.scratch, dtype=torch.float64, device=device)
         results = torch.empty(plan.results, dtype=torch.float64, device=device)
-        try:
+        with _told():
             plan.launch(tables.data_ptr(), scratch.data_ptr(), results.data_ptr(), stream)
-        except RuntimeError as error:
-            raise ParaError(f"CUDA cannot run stage {error}; use backend='torch', or report this") from error
         values: NDArray[np.float64] = results.cpu().numpy()
         return values
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the native module says of a device or a launch, as a refusal."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ParaError(f"CUDA cannot go on: {error}; use backend='torch'") from error
 
 
 def _row(f: LoraFactors) -> tuple[int, ...]:
