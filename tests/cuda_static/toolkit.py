@@ -89,6 +89,11 @@ class Instruction:
 
 Code = Sequence[Instruction]
 
+# Names of instructions. A generic load or store (LD, ST) is one whose address the compiler can't tell to be global.
+WIDE_LOAD = r"LDG?\.E(\.\w+)*\.128(\.\w+)*"
+WIDE_STORE = r"STG?\.E(\.\w+)*\.128(\.\w+)*"
+LOCAL = r"(LDL|STL)(\.\w+)*"
+
 
 def missing() -> str | None:
     """Why nothing can be compiled here."""
@@ -128,7 +133,7 @@ def code() -> dict[tuple[str, int], Code]:
     architecture = 0
     for source in _sources():
         for text in _run(str(TOOLKIT / "bin" / "cuobjdump"), "-sass", str(_object(source))).splitlines():
-            if match := line.match(text):
+            if text.endswith("*/") and (match := line.match(text)):
                 address, name, operands = match.groups()
                 target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
                 into.append(Instruction(int(address, 16), name, int(target[1], 16) if target else None))
@@ -164,7 +169,9 @@ def launches(modules: Sequence[tuple[int, int, int, int]], bytes_per_element: in
     rows = [[0, m, r, 1, dtype, 0, n, n, 1, dtype, r, 0, k, 0, 0, dtype] for m, n, r, k in modules]
     table: NDArray[np.int64] = np.array(rows, np.int64)
     address = table.ctypes.data_as(ctypes.c_void_p)
-    _library().note_launches(address, ctypes.c_int64(len(rows)), ctypes.c_int64(DEVICES[architecture].shared_limit), note)
+    _library().note_launches(
+        address, ctypes.c_int64(len(rows)), ctypes.c_int64(DEVICES[architecture].shared_limit), note
+    )
     return noted
 
 

@@ -37,7 +37,7 @@ FLAGS = (
     f"-I{CSRC}",
     f"-I{HERE}",
 )
-#What a mode adds for kernels and tests, and for the scheduler, which speaks to the sanitizers itself.
+# What a mode adds for kernels and tests, and for the scheduler, which speaks to the sanitizers itself.
 MODES = {
     "plain": (("-O2",), ("-O2",)),
     "address": (
