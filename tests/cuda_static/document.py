@@ -18,8 +18,8 @@ SHAPE = (4096, 4096)
 
 HEAD = """# The CUDA kernels as they are compiled
 
-Made by `make cuda-static`; CI compiles with the same toolkit (`cuda-toolkit.txt`) and fails where anything differs. All of
-it is computed without a GPU. What the kernels do and how fast they may be: [cuda.md](cuda.md).
+Made by `make cuda-static`; CI compiles with the same toolkit (`cuda-toolkit.txt`) and fails where anything differs.
+All of it is computed without a GPU. What the kernels do and how fast they may be: [cuda.md](cuda.md).
 """
 
 Row = Sequence[object]
@@ -92,9 +92,9 @@ def _launches() -> str:
         for (kernel, r, threads, shared), blocks in sorted(found.items())
     ]
     text = (
-        "Blocks per multiprocessor (`cuda_occupancy.h`) of the launches that a call makes for factors of rank r, a quarter\n"
-        "of it kept: threads per block, bytes of dynamic shared memory. –: no such launch there. Among the ranks is the\n"
-        "largest whose SVD fits each architecture.\n\n"
+        "Blocks per multiprocessor (`cuda_occupancy.h`) of the launches that a call makes for factors of rank r, a\n"
+        "quarter of it kept: threads per block, bytes of dynamic shared memory. –: no such launch there. Among the\n"
+        "ranks is the largest whose SVD fits each architecture.\n\n"
     )
     return text + _table(["kernel", "r", "threads", "shared", *_architectures()], rows)
 

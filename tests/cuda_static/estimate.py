@@ -1,6 +1,6 @@
 """How fast the kernels could be on four GPUs, and how fast they may be on an H100, from their own machine code.
 
-Nothing here was measured on a GPU. The adapter is Llama-3-8B's of benches/shapes.py; a quarter of the components is kept.
+Nothing here was measured on a GPU. The adapter is Llama-3-8B's of benches/shapes.py, a quarter of which is kept.
 """
 
 from __future__ import annotations
@@ -139,18 +139,20 @@ def estimate(a: Adapter) -> dict[str, Estimate]:
         name = launch.kernel.split("<")[0]
         code = toolkit.code()[launch.kernel, H100.architecture]
         cycles = {"gram": _gram, "cores": _cores, "svd": _svd, "transforms": _transforms, "truncate": _truncate}[name]
-        most_blocks = math.ceil(launch.blocks / H100.multiprocessors)  # of one multiprocessor
+        busiest = math.ceil(launch.blocks / H100.multiprocessors)  # multiprocessor's blocks
         fp64, shared, issue, latency = cycles(a, launch, code)
         found[name] = Estimate(
-            launch,
-            _bytes(a, launch, name) / H100.bandwidth,
-            *(most_blocks * x / CLOCK for x in (fp64, shared, issue)),
-            latency / CLOCK,
+            launch=launch,
+            bytes=_bytes(a, name) / H100.bandwidth,
+            fp64=busiest * fp64 / CLOCK,
+            shared=busiest * shared / CLOCK,
+            issue=busiest * issue / CLOCK,
+            latency=latency / CLOCK,
         )
     return found
 
 
-def _bytes(a: Adapter, launch: Launch, name: str) -> int:
+def _bytes(a: Adapter, name: str) -> int:
     """With partial Gram matrices, which `gram` writes and `cores` reads."""
     partial = 8 * a.rank * (a.rank + 1) // 2 * (_blocks(a, "gram") if name in ("gram", "cores") else 0)
     return work(a)[name].bytes + partial

@@ -1,5 +1,5 @@
-// CUDA's runtime without a device, linked to the compiled kernels in place of the real one: it notes launches instead of
-// performing them. And how many blocks of a launch fit on a multiprocessor, by cuda_occupancy.h.
+// CUDA's runtime without a device, linked to the compiled kernels in place of the real one: it notes launches instead
+// of performing them. And how many blocks of a launch fit on a multiprocessor, by cuda_occupancy.h.
 #include <cuda_occupancy.h>
 #include <cuda_runtime_api.h>
 

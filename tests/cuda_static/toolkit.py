@@ -89,6 +89,8 @@ class Instruction:
 
 Code = Sequence[Instruction]
 
+_NOTE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64)  # as launches.cpp has it
+
 # Names of instructions. A generic load or store (LD, ST) is one whose address the compiler can't tell to be global.
 WIDE_LOAD = r"LDG?\.E(\.\w+)*\.128(\.\w+)*"
 WIDE_STORE = r"STG?\.E(\.\w+)*\.128(\.\w+)*"
@@ -161,7 +163,6 @@ def launches(modules: Sequence[tuple[int, int, int, int]], bytes_per_element: in
     """What a whole call launches for modules of (m, n, r, k), B and A contiguous."""
     noted = []
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64)
     def note(kernel: bytes, blocks: int, threads: int, shared: int) -> None:
         noted.append(Launch(_readable(kernel.decode()), blocks, threads, shared))
 
@@ -169,9 +170,8 @@ def launches(modules: Sequence[tuple[int, int, int, int]], bytes_per_element: in
     rows = [[0, m, r, 1, dtype, 0, n, n, 1, dtype, r, 0, k, 0, 0, dtype] for m, n, r, k in modules]
     table: NDArray[np.int64] = np.array(rows, np.int64)
     address = table.ctypes.data_as(ctypes.c_void_p)
-    _library().note_launches(
-        address, ctypes.c_int64(len(rows)), ctypes.c_int64(DEVICES[architecture].shared_limit), note
-    )
+    limit = ctypes.c_int64(DEVICES[architecture].shared_limit)
+    _library().note_launches(address, ctypes.c_int64(len(rows)), limit, _NOTE(note))
     return noted
 
 
