@@ -62,7 +62,14 @@ class PanelReader {
   public:
     // The panel's columns from `split` on are `jump` further to the right in X.
     __device__ __forceinline__ PanelReader(const Tall& x, Layout layout, int height, int width, int split, int jump)
-        : data_(x.data), down_(x.down), across_(x.across), dtype_(x.dtype), layout_(layout), width_(width) {
+        : data_(x.data),
+          down_(x.down),
+          across_(x.across),
+          dtype_(x.dtype),
+          layout_(layout),
+          width_(width),
+          split_(split),
+          jump_(jump) {
         const auto size = static_cast<unsigned>(layout.chunk), wide = static_cast<unsigned>(width);
 #pragma unroll
         for (int i = 0; i < PREFETCH; ++i) {
@@ -81,20 +88,19 @@ class PanelReader {
                 row = chunk / run;
                 column = chunk % run * size;
             }
-            row_[i] = static_cast<int>(row < static_cast<unsigned>(height) ? row : height);
-            column_[i] = static_cast<int>(column);
-            offset_[i] = row_[i] * x.down + (column_[i] + (column_[i] >= split ? jump : 0)) * x.across;
+            place_[i] = static_cast<int>(min(row, static_cast<unsigned>(height)) << 16 | column);
         }
     }
 
     // Starts to load this thread's part of `count` rows from `first` on and `width` columns from `left` on.
     __device__ __forceinline__ void fetch(int64_t first, int count, int left, int width, uint4 (&raw)[PREFETCH]) const {
         const int size = bytes_of(dtype_);
-        const char* const from = data_ + (first * down_ + left * across_) * size;
 #pragma unroll
         for (int i = 0; i < PREFETCH; ++i) {
-            const int elements = elements_of(i, count, width);
-            if (elements > 0) raw[i] = load(from + offset_[i] * size, elements);
+            const Chunk chunk = chunk_of(i, count, width);
+            if (chunk.elements == 0) continue;
+            const int column = left + chunk.column + (chunk.column >= split_ ? jump_ : 0);
+            raw[i] = load(data_ + ((first + chunk.row) * down_ + column * across_) * size, chunk.elements);
         }
     }
 
@@ -112,12 +118,18 @@ class PanelReader {
     }
 
   private:
-    __device__ __forceinline__ int elements_of(int i, int count, int width) const {
-        int left = layout_.order == Order::down   ? count - row_[i]
-                   : layout_.order == Order::flat ? (count - row_[i]) * width_ - column_[i]
-                                                  : width - column_[i];
-        if (row_[i] >= count || column_[i] >= width) left = 0;
-        return min(left, layout_.chunk);
+    struct Chunk {
+        int row, column, elements;
+    };
+
+    // This thread's chunk number i of a panel [count, width].
+    __device__ __forceinline__ Chunk chunk_of(int i, int count, int width) const {
+        const int place = opaque(place_[i]), row = place >> 16, column = place & 0xffff;
+        int left = layout_.order == Order::down   ? count - row
+                   : layout_.order == Order::flat ? (count - row) * width_ - column
+                                                  : width - column;
+        if (row >= count || column >= width) left = 0;
+        return {row, column, min(left, layout_.chunk)};
     }
 
     template <class Format>
@@ -128,12 +140,12 @@ class PanelReader {
         const int next = layout_.order == Order::down ? apart : 1;
 #pragma unroll
         for (int i = 0; i < PREFETCH; ++i) {
-            const int elements = elements_of(i, count, width);
+            const Chunk chunk = chunk_of(i, count, width);
             const uint32_t words[] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
-            double* to = panel + row_[i] * apart + column_[i];
+            double* to = panel + chunk.row * apart + chunk.column;
 #pragma unroll
             for (int e = 0; e < ALL; ++e, to += next) {
-                if (e >= elements) continue;
+                if (e >= chunk.elements) continue;
                 const uint32_t word = words[e * SIZE / 4];
                 *to = Format::load(static_cast<typename Format::Storage>(SIZE == 2 && e % 2 ? word >> 16 : word));
             }
@@ -162,9 +174,8 @@ class PanelReader {
     int64_t down_, across_;
     DType dtype_;
     Layout layout_;
-    int width_;
-    int row_[PREFETCH], column_[PREFETCH];
-    int64_t offset_[PREFETCH];
+    int width_, split_, jump_;
+    int place_[PREFETCH];  // row and column of each chunk, in 16 bits
 };
 
 // Column i of a strip, of so many: strips are made of pairs of columns, I, I + strips, I + 2·strips …, so that

@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS, 4) truncate(Batch batch, con
                 reader.fetch(first + next_begin, rows_from(next_begin), next, min(inner, r - next), raw);
             }
             if (strip < strips) {
-                const double* const u = panel + strip * apart;
+                const double* const u = panel + opaque(strip) * apart;
                 const double* const v = shared_t + (whole_t ? from * taken : 0) + component * 2;
 #pragma unroll 1
                 for (int l = 0; l < columns; l += 2) {
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS, 4) truncate(Batch batch, con
             const Runs runs = is_a      ? Runs{out, made, rows, height, x.rows}
                               : one_run ? Runs{out, 1, rows * made, 0, 0}
                                         : Runs{out, rows, made, static_cast<int>(round_up(made, 8)), p.k};
-            const int down = opaque(is_a ? 1 : one_run ? made : runs.stage), right = is_a ? height : 1;
+            const int down = opaque(is_a ? 1 : one_run ? made : runs.stage), right = opaque(is_a ? height : 1);
             if (strip < strips) {
 #pragma unroll
                 for (int i = 0; i < TILE; ++i) {
