@@ -148,7 +148,8 @@ def _estimate() -> str:
         found = estimate(a)
         for kernel, x in found.items():
             parts = (x.bytes, x.fp64, x.shared, x.issue, x.latency)
-            rows.append([a.name, f"`{kernel}`", *map(_ms, (floor(H100, work(a)[kernel]), *parts, x.least, x.most))])
+            shown = [_ms(part) if part else "–" for part in parts]
+            rows.append([a.name, f"`{kernel}`", _ms(floor(H100, work(a)[kernel])), *shown, _ms(x.least), _ms(x.most)])
         floors = sum(floor(H100, part) for part in work(a).values())
         ends = (sum(x.least for x in found.values()), sum(x.most for x in found.values()))
         rows.append([a.name, "all", _ms(floors), *[""] * 5, *map(_ms, ends)])

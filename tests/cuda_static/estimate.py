@@ -204,9 +204,9 @@ def _truncate(a: Adapter, launch: Launch, code: Code) -> Cycles:
 def _svd(a: Adapter, launch: Launch, code: Code) -> Cycles:
     """Steps of Jacobi and of the reduction before it; all pairs are rotated in all sweeps but the last."""
     r, sweeps, warps = a.rank, SWEEPS[a.rank], launch.threads // WARP
-    apart, each = r | 1, math.ceil(r / 8)
-    dots = next(loop for loop in toolkit.loops(code) if count(loop, "DFMA") == 1.5 * count(loop, r"LDS\.64") > 0)
-    rotation = next(loop for loop in toolkit.loops(code) if count(loop, "DMUL") == count(loop, "DFMA") > 0)
+    apart, each, loops = r | 1, math.ceil(r / 8), list(toolkit.loops(code))
+    (at,) = (i for i, loop in enumerate(loops) if count(loop, "DFMA") == 1.5 * count(loop, r"LDS\.64") > 0)
+    dots, rotation = loops[at], next(loop for loop in loops[at + 1 :] if count(loop, "DMUL") == count(loop, "DFMA") > 0)
     between = [i for i in code if dots[-1].address < i.address < rotation[0].address]
     scalar = sum(count(between, name) for name in ("DFMA", "DADD", "DMUL", r"DSETP.*"))
     pairs = wavefronts([8 * ((lane // 8) * apart + lane % 8) for lane in range(WARP)], 8)
