@@ -1,5 +1,5 @@
 # make test     build sdist and wheel, install the wheel into .venv, run every test against it
-# make test-sanitizers   kernels and the CPU core under ASan, UBSan and TSan
+# make test-sanitizers   the CUDA kernels, emulated, under ASan, UBSan and TSan
 # make lint     ruff, mypy, clang-format
 # make cuda     install the wheel into .venv with CUDA kernels, by a toolkit from pip alone
 # make test-cuda-static   compile the kernels for every GPU, check what came out; it must be what docs/ says
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 TOOLKIT := build/cuda-toolkit
 SOURCES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-PACKAGE := $(shell find csrc para_ext -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh" -o -name "*.py" -o -name "*.pyi") \
+PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
 export PARA_EXT_NATIVE ?= ON
 export PARA_EXT_WERROR ?= ON

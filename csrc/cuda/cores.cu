@@ -58,9 +58,7 @@ __global__ void __launch_bounds__(GRAM_THREADS, STRIP == SMALL_STRIP ? 4 : 1)
     const int width = split + wide;
     const Layout layout = layout_of(x, width == x.columns);
     const int apart = apart_of(layout, width);
-    const int slots = PREFETCH * GRAM_THREADS * layout.chunk / width;
-    int height = min((PANEL - STRIP) / apart, slots);  // the last strip of the last row may reach beyond it
-    if (height >= 8) height &= ~7;                     // keeps chunks aligned; single elements may be fewer
+    const int height = most_rows(layout, width, apart, PANEL - STRIP);  // a row's last strip may reach beyond it
     const PanelReader reader(x, layout, height, width, split, right - left - split);
     double sum[STRIP][STRIP] = {};
     int chain = 0;
@@ -339,6 +337,10 @@ __global__ void __launch_bounds__(CORES_THREADS) cores(Batch batch, const int64_
         write(spectrum + STATUS, bad_b ? 1.0 : bad_a ? 2.0 : overflow ? 3.0 : 0.0);
         write(spectrum + SWEEPS, -1.0);
     }
+}
+
+int64_t shared_limit_of(int device) {
+    return static_cast<int64_t>(shared_limit(device));
 }
 
 const char* launch_gram(const Batch& batch, bool large, const int64_t* spans, int64_t count, int64_t shared_limit,

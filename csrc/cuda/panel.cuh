@@ -51,6 +51,15 @@ __device__ __forceinline__ int apart_of(Layout layout, int width) {
     return layout.order == Order::flat ? width : (width + 1) / 2 * 2 + (width / 2 % 2 ? 0 : 2);
 }
 
+// How many rows a panel can have in memory, and in what a block's threads load at a time. A multiple of 8, which keeps
+// chunks aligned; of single elements there may be fewer.
+__device__ __forceinline__ int most_rows(Layout layout, int width, int apart, int memory) {
+    const int slots = PREFETCH * static_cast<int>(blockDim.x), run = (width + layout.chunk - 1) / layout.chunk;
+    const int loads = layout.order == Order::across ? slots / run : slots * layout.chunk / width;
+    const int rows = min(memory / apart, loads);
+    return rows >= 8 ? rows & ~7 : rows;
+}
+
 // x, of which the compiler knows nothing: what is made of it in a loop is not made ahead and kept in registers.
 __device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));

@@ -51,14 +51,14 @@ double value_of(DType dtype, const void* from) {
     return value;
 }
 
-// `layout`: rows side by side, columns side by side, at an odd address, or neither.
+// `layout`: rows one after the other, columns so, rows at an odd address, neither, or rows with gaps.
 Factor factor(std::mt19937& random, int64_t rows, int64_t cols, DType dtype, int layout) {
     Factor f;
     f.rows = rows;
     f.cols = cols;
     f.dtype = dtype;
     const int64_t size = bytes(dtype);
-    f.row_stride = layout == 1 ? 1 : layout == 3 ? 2 * cols + 3 : cols;
+    f.row_stride = layout == 1 ? 1 : layout == 3 ? 2 * cols + 3 : layout == 4 ? (cols + 15) / 8 * 8 : cols;
     f.col_stride = layout == 1 ? rows : layout == 3 ? 2 : 1;
     f.first = layout == 2 ? static_cast<size_t>(size) : 0;
     f.memory.resize(static_cast<size_t>((rows * f.row_stride + cols * f.col_stride + 1) * size) + 16);
@@ -132,8 +132,9 @@ int check(const std::vector<int64_t>& ranks, unsigned seed) {
     int turn = 0;
     for (const int64_t r : ranks) {
         for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-            const int64_t m = 2 * r + 7 + 3 * turn, n = r + 48 + 8 * (turn % 3), k = turn % 2 ? r : (r + 1) / 2;
-            const int layout = turn++ % 4;
+            const int64_t m = 2 * r + 7 + 3 * turn + 2000 / r, n = r + 48 + 8 * (turn % 3),
+                          k = turn % 2 ? r : (r + 1) / 2;
+            const int layout = turn++ % 5;
             modules.push_back({factor(random, m, r, dtype, layout), factor(random, r, n, dtype, layout), output(m, k),
                                output(k, n), Numbers(static_cast<size_t>(para::Core::words(r) + 1)), k});
         }
