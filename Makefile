@@ -55,7 +55,7 @@ cuda: $(TOOLKIT)/installed
 	CUDACXX=$(CURDIR)/$(TOOLKIT)/nvidia/cu13/bin/nvcc PARA_EXT_CUDA=ON $(MAKE) --no-print-directory $(VENV)/installed
 
 test-cuda-static: $(VENV)/installed $(TOOLKIT)/installed
-	$(BIN)/pytest -m toolkit $(PYTEST_ARGS)
+	$(BIN)/pytest -m toolkit tests/test_cuda_static.py $(PYTEST_ARGS)
 
 cuda-static: $(VENV)/installed $(TOOLKIT)/installed
 	PYTHONPATH=tests:benches $(BIN)/python -m cuda_static.document

@@ -115,7 +115,7 @@ def resources() -> dict[tuple[str, int], Resources]:
     """Of every kernel on every architecture, as ptxas reports them."""
     pattern = re.compile(
         r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?[^\n]*",
+        r"(\d+) bytes spill loads.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
         re.DOTALL,
     )
     found = {}
@@ -223,7 +223,7 @@ def _library() -> ctypes.CDLL:
 @cache
 def _object(source: Path) -> Path:
     """The source compiled for all architectures, made only if it isn't there; beside it, what ptxas said."""
-    inputs = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    inputs = [*sorted(CSRC.glob("*.h")), *sorted((CSRC / "cuda").iterdir())]
     folder = BUILD / _digest(*inputs, ROOT / "cuda-toolkit.txt", ROOT / "CMakeLists.txt", more=repr(FLAGS))
     path = folder / f"{source.stem}.o"
     if not path.exists():
