@@ -143,6 +143,35 @@ def test_many_columns(emulated: Emulated, counted: Any, rank: int, limit: int, c
         assert float((triangle.mT @ triangle - gram).norm()) <= 30 * rank * 2.0**-53 * float(gram.norm())
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_any_strides(emulated: Emulated, seed: int) -> None:
+    """Factors anywhere in a larger matrix of NaNs: chunks of 16 bytes are read whole, and nothing else is."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*choices: int) -> int:
+        return choices[int(torch.randint(len(choices), (1,), generator=g))]
+
+    def somewhere(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        down, across = pick(1, 1, 1, 2), pick(1, 1, 1, 3)
+        gap, top, left = pick(0, 0, 1, 8), pick(0, 1, 8), pick(0, 0, 0, 1, 8)
+        whole = torch.full((top + rows * down, left + columns * across + gap), torch.nan, dtype=dtype)
+        part = whole[top::down, left : left + columns * across : across]
+        part.copy_(torch.randn(rows, columns, generator=g))
+        return part
+
+    r, m, n = pick(1, 2, 3, 4, 5, 8, 11, 16, 18, 32, 37), pick(1, 7, 64, 403, 1500), pick(1, 9, 128, 777)
+    dtype = (FP32, FP16, BF16)[seed % 3]
+    B = somewhere(m, r, dtype) if pick(0, 1) else somewhere(r, m, dtype).mT
+    A = somewhere(r, n, dtype) if pick(0, 1) else somewhere(n, r, dtype).mT
+    f = LoraFactors("x", B, A, 0.7)
+    cores = emulated.stages.cores([f], 1)
+    emulated.stages.svd(cores, 1)
+    k = min(r, m, n)
+    (t,) = emulated.stages.truncate([f], cores, [k], ["F32"], 1)
+    reference = dense(f)
+    assert float((reference.product(t.B, t.A) - reference.W).norm()) <= 30 * r * 2.0**-24 * reference.beta
+
+
 def test_no_device_is_told(emulated: Emulated, counted: Any) -> None:
     counted.set_shared_limit(0)
     with pytest.raises(ParaError, match="there is no CUDA device"):
@@ -312,3 +341,20 @@ def test_larger_ranks_are_right(mode: str) -> None:
 )
 def test_planted_bugs_are_caught(bug: str, mode: str) -> None:
     assert re.search(CAUGHT[bug, mode], _kernels(mode, 1, "16 33", bug))
+
+
+BARRIERS = [
+    f"{source.name}:{number}"
+    for source in sorted((build.CSRC / "cuda").glob("*.cu*"))
+    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1)
+    if "__syncthreads();" in line
+]
+
+
+@pytest.mark.sanitizers
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_every_barrier_is_needed(barrier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it threads race, or go astray: none is there for nothing, and none could be lost unnoticed."""
+    monkeypatch.setenv("PARA_EMULATOR_LEAVE_OUT", barrier)
+    outputs = (_kernels("thread", 1, ranks) for ranks in ("5 16 33", "20 64 70", "31 129"))
+    assert any(output != "right\n" for output in outputs)

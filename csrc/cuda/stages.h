@@ -22,7 +22,8 @@ struct Place {
 // Stages 1 and 2: fills every core; results are the spectra: per module [SPECTRUM_HEAD + r], with SWEEPS = -1 and no
 // sigma where the svd is left to the caller (cores too large, or Jacobi did not converge).
 //
-// Five launches at most where ranks are alike: gram, cores, svd. Ranks on both sides of a limit make further ones.
+// Launches gram, cores and svd, once each where ranks are alike; another gram for ranks above SMALL_STRIPS_RANK,
+// another cores where triangles are too large for shared memory, another svd for each further bucket of ranks.
 class CoresPlan {
   public:
     // rows [modules, COLUMNS], scales [modules], as in `problems`. Throws std::runtime_error if there is no such
@@ -47,7 +48,8 @@ class CoresPlan {
     std::vector<Share> svd_;
 };
 
-// Stage 3: writes the new factors; results: NUMBERS_OF_MODULE per module, then NUMBERS_OF_SPAN per span.
+// Stage 3: writes the new factors; launches transforms and truncate. Results: NUMBERS_OF_MODULE per module, then
+// NUMBERS_OF_SPAN per span.
 class TruncatePlan {
   public:
     TruncatePlan(const std::vector<Problem>& problems, const int64_t* rows, const double* scales);

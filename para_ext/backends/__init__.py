@@ -1,7 +1,7 @@
-"""The three stages (cores, svd, truncate) and who can run them: one contract, backends `cpu` (native) and `torch`.
+"""The three stages (cores, svd, truncate) and who can run them: one contract, backends `cpu`, `cuda` and `torch`.
 
-A backend is a module with a ``NAME`` and the three functions of :class:`Backend`. What ``cores`` and ``svd`` keep for
-``truncate`` is the backend's own business; what crosses is spectra (numbers) and new factors.
+A backend is a module, or an object, with a ``NAME`` and the functions of :class:`Backend`. What ``cores`` and ``svd``
+keep for ``truncate`` is the backend's own business; what crosses is spectra (numbers) and new factors.
 """
 
 from __future__ import annotations

@@ -153,6 +153,15 @@ struct Scheduler {
     Scheduler() {
         const char* text = std::getenv("PARA_EMULATOR_SEED");
         seed = text ? std::strtoull(text, nullptr, 10) : 0;
+        if (const char* place = std::getenv("PARA_EMULATOR_LEAVE_OUT")) left_out = place;
+    }
+
+    std::string left_out;  // "file.cu:12": a __syncthreads there does nothing, so that tests see who needs it
+    bool leaves_out(Place place) const {
+        if (left_out.empty()) return false;
+        const std::string whole = std::string(place.file) + ":" + std::to_string(place.line);
+        return whole.size() > left_out.size() &&
+               whole.compare(whole.size() - left_out.size() - 1, std::string::npos, "/" + left_out) == 0;
     }
 };
 
@@ -588,6 +597,7 @@ void fail(const char* what, Place place) {
 }
 
 bool wait_for_block(bool predicate, const char* word, Place place) {
+    if (the.leaves_out(place)) return predicate;
     char* const tag = block_tag();
     release(tag);
     const bool any = wait_for({Wait::block, word, place, 0}, predicate);
