@@ -12,7 +12,8 @@ constexpr int HIGH_APART = HIGH + 2;             // not a multiple of the banks
 constexpr int STAGE = DEEP * (HIGH_APART + WIDE);
 static_assert(HIGH / TILE * (WIDE / TILE) == TRANSFORMS_THREADS, "a tile per thread");
 
-// finish(i, j, Σ_l left(i, l) · right(l, j)) for i < rows, j < columns, l < inner. stage [STAGE] is shared memory.
+// finish(i, j, Σ_l left(i, l) · right(l, j)) for i < rows, j < columns, l < inner. It begins with a barrier: what
+// others wrote before may be read. stage [STAGE] is shared memory.
 template <class Left, class Right, class Finish>
 __device__ __forceinline__ void staged_product(int rows, int columns, int inner, double* stage, Left left, Right right,
                                                Finish finish) {
@@ -26,7 +27,7 @@ __device__ __forceinline__ void staged_product(int rows, int columns, int inner,
             double sum[TILE][TILE] = {};
             for (int from = 0; from < inner; from += DEEP) {
                 const int deep = min(DEEP, inner - from);
-                __syncthreads();  // what was staged is used
+                __syncthreads();  // what was staged before is used
                 for (int e = me; e < high * DEEP; e += TRANSFORMS_THREADS) {
                     const int i = e / DEEP, l = e % DEEP;
                     if (l < deep) staged_left[l * HIGH_APART + i] = left(top + i, from + l);
@@ -174,16 +175,15 @@ __global__ void __launch_bounds__(TRANSFORMS_THREADS, 2) transforms(Batch batch,
         [&](int j, int c, double sum) {
             write(t_a + j * width + c, c < kept ? rounded_to_bits(p.scale / root[c] * sum, bits_a) : 0);
         });
-    __syncthreads();
-    staged_product(
-        rank_b, width, r, stage, [&](int i, int l) { return read(core.r_b + i * r + l); },
-        [&](int l, int c) { return read(t_b + l * width + c); },
-        [&](int i, int c, double sum) { write(y + i * width + c, sum); });
-    staged_product(
-        rank_a, width, r, stage, [&](int i, int l) { return read(core.r_a + i * r + l); },
-        [&](int l, int c) { return read(t_a + l * width + c); },
-        [&](int i, int c, double sum) { write(z + i * width + c, sum); });
-    __syncthreads();
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+        const double* const of_r = side == 1 ? core.r_a : core.r_b;
+        const double* const t = side == 1 ? t_a : t_b;
+        staged_product(
+            side == 1 ? rank_a : rank_b, width, r, stage, [&](int i, int l) { return read(of_r + i * r + l); },
+            [&](int l, int c) { return read(t + l * width + c); },
+            [&](int i, int c, double sum) { write((side == 1 ? z : y) + i * width + c, sum); });
+    }
     // ‖M − (R_B T_B)(T_A R_Aᵀ)‖_F = ‖R_B (scale·I − T_B T_A) R_Aᵀ‖_F, for T as rounded.
     double squared = 0;
     staged_product(
@@ -194,14 +194,13 @@ __global__ void __launch_bounds__(TRANSFORMS_THREADS, 2) transforms(Batch batch,
             squared += residual * residual;
         });
     squared = sum_of_block(squared, warps);
-    const double stretch_b = stretch(y, rank_b, root, kept, width, gram, stage, warps);
-    __syncthreads();
-    const double stretch_a = stretch(z, rank_a, root, kept, width, gram, stage, warps);
-    if (me == 0) {
-        double* const numbers = batch.results + int64_t{blockIdx.x} * NUMBERS_OF_MODULE;
-        write(numbers, sqrt(squared));
-        write(numbers + 1, stretch_b);
-        write(numbers + 2, stretch_a);
+    double* const numbers = batch.results + int64_t{blockIdx.x} * NUMBERS_OF_MODULE;
+    if (me == 0) write(numbers, sqrt(squared));
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+        const double bound =
+            stretch(side == 1 ? z : y, side == 1 ? rank_a : rank_b, root, kept, width, gram, stage, warps);
+        if (me == 0) write(numbers + 1 + side, bound);
     }
 }
 
