@@ -1,6 +1,9 @@
 # make test     build sdist and wheel, install the wheel into .venv, run every test against it
 # make test-sanitizers   the CUDA kernels, emulated, under ASan, UBSan and TSan
 # make lint     ruff, mypy, clang-format
+# make cuda     install the wheel into .venv with CUDA kernels, by a toolkit from pip alone
+# make test-cuda-static   compile the kernels for every GPU, check what came out; it must be what docs/ says
+# make cuda-static   write that into docs/ after a change to csrc/cuda
 # make bench    time the stages and the whole call beside plain torch and the machine's floor
 # make bench-peers   time other tools' ways on a small adapter
 # make demo     fine-tune a LoRA on real data, compress it three ways, compare accuracies
@@ -10,6 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+TOOLKIT := build/cuda-toolkit
 SOURCES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
@@ -17,7 +21,7 @@ export PARA_EXT_NATIVE ?= ON
 export PARA_EXT_WERROR ?= ON
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test test-pure test-sanitizers lint format bench bench-peers demo dev clean
+.PHONY: test test-pure test-sanitizers lint format cuda test-cuda-static cuda-static bench bench-peers demo dev clean
 
 test: $(VENV)/installed
 	PARA_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest $(PYTEST_ARGS)
@@ -46,6 +50,16 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
+cuda: $(TOOLKIT)/installed
+	rm -f $(VENV)/installed
+	CUDACXX=$(CURDIR)/$(TOOLKIT)/nvidia/cu13/bin/nvcc PARA_EXT_CUDA=ON $(MAKE) --no-print-directory $(VENV)/installed
+
+test-cuda-static: $(VENV)/installed $(TOOLKIT)/installed
+	$(BIN)/pytest -m toolkit tests/test_cuda_static.py $(PYTEST_ARGS)
+
+cuda-static: $(VENV)/installed $(TOOLKIT)/installed
+	PYTHONPATH=tests:benches $(BIN)/python -m cuda_static.document
+
 bench: $(VENV)/installed
 	mkdir -p build
 	$(BIN)/pytest benches -q --ignore=benches/bench_peers.py --benchmark-json=build/bench.json $(PYTEST_ARGS)
@@ -72,6 +86,11 @@ $(VENV)/installed: $(PACKAGE) constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m build . > $(VENV)/build.log 2>&1 || { tail -n 50 $(VENV)/build.log; exit 1; }
 	$(BIN)/pip install -q -c constraints.txt "$$(echo dist/para_ext-*.whl)[dev,report]"
 	$(BIN)/pip install -q --no-deps --force-reinstall dist/para_ext-*.whl
+	touch $@
+
+$(TOOLKIT)/installed: cuda-toolkit.txt | $(VENV)/bin/python
+	rm -rf $(TOOLKIT)
+	$(BIN)/pip install -q --no-deps --no-compile --target $(TOOLKIT) -r cuda-toolkit.txt
 	touch $@
 
 $(DEMO)/venv/installed: $(PACKAGE) constraints.txt examples/demo-requirements.txt

@@ -21,9 +21,9 @@ def no_collection() -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """A Markdown table of the whole calls, and one of the core SVDs."""
+    """Markdown tables of the whole calls, of those on a GPU, and of the core SVDs."""
     benchmarks = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
-    calls = [(b.group, b.extra_info) for b in benchmarks if "× torch QR" in b.extra_info]
+    calls = [(b.group, b.extra_info) for b in benchmarks if "floor" in b.extra_info]
     write = terminalreporter.write_line
     if calls:
         terminalreporter.section("whole call; milliseconds, medians; stages by the same threads")
@@ -51,6 +51,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             lost = [group for group, info in calls if info[key] < 1]
             write(f"{key}: geometric mean {mean:.1f}; slower than it: {', '.join(lost) or 'nowhere'}")
         write("*: what we want is not reached")
+    on_gpu = [(b.group, b.extra_info) for b in benchmarks if "GPU" in b.extra_info]
+    if on_gpu:
+        terminalreporter.section(f"whole call on {on_gpu[0][1]['GPU']}; milliseconds, medians")
+        write("| shapes, keep 0.25 | para_ext | × torch QR | × torch Gram | kernels: cores, svd | truncate | a copy |")
+        write("|---|" + "---:|" * 6)
+        for group, info in on_gpu:
+            ratios = f"{info['× torch QR']:.1f} | {info['× torch Gram']:.1f}"
+            times = " | ".join(f"{info[key] * 1e3:.3f}" for key in ("cores, svd", "truncate", "copy"))
+            write(f"| {group} | {info['whole'] * 1e3:.2f} | {ratios} | {times} |")
+        write("a copy: as many bytes as are read and written, by the device's own copy")
     svds = [(b.name, b.extra_info, b) for b in benchmarks if "× torch.linalg.svd" in b.extra_info]
     if svds:
         terminalreporter.section("core SVD; milliseconds, medians")

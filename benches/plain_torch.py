@@ -41,7 +41,7 @@ def compress_pairs_gram(pairs: Sequence[Pair], keep: float) -> list[tuple[Tensor
     """The same; all pairs of one rank r. Gram matrices and all that is r × r in fp64."""
     R_B = _cholesky(torch.stack([B.double().mT @ B.double() for B, _, _ in pairs]))
     R_A = _cholesky(torch.stack([A.double() @ A.double().mT for _, A, _ in pairs]))
-    scales = torch.tensor([scale for _, _, scale in pairs], dtype=torch.float64)
+    scales = torch.tensor([scale for _, _, scale in pairs], dtype=torch.float64, device=R_B.device)
     M = scales[:, None, None] * (R_B @ R_A.mT)
     squares, V = torch.linalg.eigh(M.mT @ M)
     S, V = squares.clamp_min(0).sqrt().flip(-1), V.flip(-1)

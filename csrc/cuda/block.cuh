@@ -1,4 +1,4 @@
-// What a thread block does together: read its rows of the tables, add up, multiply small matrices.
+// What a thread block does together: read its rows of the tables, add up.
 #pragma once
 
 #include "platform.h"
@@ -13,10 +13,14 @@ __device__ __forceinline__ void share(const int64_t* from, int count, int64_t* s
     }
 }
 
-// A module's problem, and its row of the work table.
+// A module's rows of the tables, in shared memory.
 struct Job {
-    Problem problem;
-    const int64_t* work;  // [WORK_COLUMNS], shared
+    const int64_t* row;   // [COLUMNS]
+    const int64_t* work;  // [WORK_COLUMNS]
+    const double* scale;
+
+    // Asked again after a barrier it is read again, and was not kept in registers meanwhile.
+    __device__ __forceinline__ Problem problem() const { return problem_of(row, *scale); }
 };
 
 __device__ __forceinline__ Job shared_job(const Batch& batch, int64_t module) {
@@ -27,7 +31,7 @@ __device__ __forceinline__ Job shared_job(const Batch& batch, int64_t module) {
     share(batch.work + module * WORK_COLUMNS, WORK_COLUMNS, work);
     if (threadIdx.x == 0) scale[0] = read(batch.scales + module);
     __syncthreads();
-    return {problem_of(row, scale[0]), work};
+    return {row, work, scale};
 }
 
 // That of the module whose number the block has in `modules`.
@@ -70,37 +74,6 @@ __device__ __forceinline__ double sum_of_block(double x, double* warps) {
         for (int i = 0; i < static_cast<int>(blockDim.x) / 32; ++i) total += warps[i];
     }
     return total;
-}
-
-// finish(i, j, Σ_l left(i, l) · right(l, j)) for i < rows, j < columns, l < inner; TILE × TILE per thread. `upper`:
-// left is an upper triangle, 0 where l < i.
-template <int TILE, bool upper = false, class Left, class Right, class Finish>
-__device__ __forceinline__ void small_product(int rows, int columns, int inner, Left left, Right right, Finish finish) {
-    const int high = (rows + TILE - 1) / TILE, wide = (columns + TILE - 1) / TILE;
-    for (int tile = static_cast<int>(threadIdx.x); tile < high * wide; tile += static_cast<int>(blockDim.x)) {
-        const int i = tile / wide * TILE, j = tile % wide * TILE;
-        double sum[TILE][TILE] = {};
-        for (int l = upper ? i : 0; l < inner; ++l) {
-            double x[TILE], y[TILE];
-#pragma unroll
-            for (int t = 0; t < TILE; ++t) {  // beyond the edge the last one again
-                x[t] = left(i + t < rows ? i + t : rows - 1, l);
-                y[t] = right(l, j + t < columns ? j + t : columns - 1);
-            }
-#pragma unroll
-            for (int s = 0; s < TILE; ++s) {
-#pragma unroll
-                for (int t = 0; t < TILE; ++t) sum[s][t] += x[s] * y[t];
-            }
-        }
-#pragma unroll
-        for (int s = 0; s < TILE; ++s) {
-#pragma unroll
-            for (int t = 0; t < TILE; ++t) {
-                if (i + s < rows && j + t < columns) finish(i + s, j + t, sum[s][t]);
-            }
-        }
-    }
 }
 
 }  // namespace para::cuda

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(GRAM_THREADS, STRIP == SMALL_STRIP ? 4 : 1)
     PARA_SHARED(int64_t, span, SPAN_COLUMNS);
     share(spans + int64_t{blockIdx.x} * SPAN_COLUMNS, SPAN_COLUMNS, span);
     __syncthreads();
-    const Tall x = tall(shared_job(batch, span[MODULE]).problem, span[SIDE] == 1);
+    const Tall x = tall(shared_job(batch, span[MODULE]).problem(), span[SIDE] == 1);
     const int left = static_cast<int>(span[LEFT]), right = static_cast<int>(span[RIGHT]);
     const int count = static_cast<int>(span[COUNT]);
     const int64_t first = span[FIRST];
@@ -157,6 +157,39 @@ __device__ __forceinline__ double diagonal_scale(double g) {
     return ldexp(1.0, exponent % 2 == 0 ? exponent / 2 - 1 : (exponent - 1) / 2);
 }
 
+// finish(i, j, Σ_l left(i, l) · right(l, j)) for i < rows, j < columns, i ≤ l < inner: left is an upper triangle. A
+// thread takes 4 × 4 of them at a time.
+template <class Left, class Right, class Finish>
+__device__ __forceinline__ void triangle_product(int rows, int columns, int inner, Left left, Right right,
+                                                 Finish finish) {
+    constexpr int TILE = 4;
+    const int high = (rows + TILE - 1) / TILE, wide = (columns + TILE - 1) / TILE;
+    for (int tile = static_cast<int>(threadIdx.x); tile < high * wide; tile += static_cast<int>(blockDim.x)) {
+        const int i = tile / wide * TILE, j = tile % wide * TILE;
+        double sum[TILE][TILE] = {};
+        for (int l = i; l < inner; ++l) {
+            double x[TILE], y[TILE];
+#pragma unroll
+            for (int t = 0; t < TILE; ++t) {  // beyond the edge the last one again
+                x[t] = left(i + t < rows ? i + t : rows - 1, l);
+                y[t] = right(l, j + t < columns ? j + t : columns - 1);
+            }
+#pragma unroll
+            for (int s = 0; s < TILE; ++s) {
+#pragma unroll
+                for (int t = 0; t < TILE; ++t) sum[s][t] += x[s] * y[t];
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < TILE; ++s) {
+#pragma unroll
+            for (int t = 0; t < TILE; ++t) {
+                if (i + s < rows && j + t < columns) finish(i + s, j + t, sum[s][t]);
+            }
+        }
+    }
+}
+
 // What the halves of a block share, one for each factor.
 struct Pivoting {
     double noise[2], pivot[2], squared_norm[2];
@@ -171,7 +204,7 @@ __global__ void __launch_bounds__(CORES_THREADS) cores(Batch batch, const int64_
     PARA_DYNAMIC_SHARED(memory);
     PARA_SHARED(Pivoting, shared, 1);
     const Job job = listed_job(batch, modules);
-    const Problem& p = job.problem;
+    const Problem p = job.problem();
     const Core& core = p.core;
     const int r = static_cast<int>(p.rank()), packed = static_cast<int>(triangle(r));
     constexpr int HALF = CORES_THREADS / 2;
@@ -314,7 +347,7 @@ __global__ void __launch_bounds__(CORES_THREADS) cores(Batch batch, const int64_
     const int* const column = reinterpret_cast<int*>(small + 2 * r);
     const int rank_b = mine.rank[0], rank_a = mine.rank[1];
     bool finite = true;
-    small_product<4, true>(
+    triangle_product(
         rank_b, rank_a, r, [&](int i, int l) { return l < i ? 0 : triangles[packed_row(r, i) + l]; },
         [&](int l, int j) {
             const int at = place[column[l]];

@@ -155,7 +155,7 @@ TruncatePlan::TruncatePlan(const std::vector<Problem>& problems, const int64_t* 
         if (p.k == 0) continue;
         const int64_t r = p.rank();
         work_of(tables, modules_, i)[TRANSFORMS] = scratch;
-        scratch += 4 * r * round_up(p.k, TRUNCATE_TILE);
+        scratch += 5 * r * round_up(p.k, TRUNCATE_TILE);
         largest_rank_ = std::max(largest_rank_, r);
         largest_new_rank_ = std::max(largest_new_rank_, p.k);
         for (int64_t side = 0; side < SIDES; ++side) {

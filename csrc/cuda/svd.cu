@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(MOST_SVD_THREADS, 1) svd(Batch batch, const in
     PARA_DYNAMIC_SHARED(memory);
     PARA_SHARED(double, warps, 32);
     const Job job = listed_job(batch, modules);
-    const Problem& p = job.problem;
+    const Problem p = job.problem();
     const int r = static_cast<int>(p.rank()), apart = r | 1, even = (r + 1) & ~1;
     const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     double* const spectrum = batch.results + job.work[SPECTRUM];

@@ -1,130 +1,10 @@
-// Stage 3: T, then B' = B·T_B [m, k] and A' = T_A·A [k, n]. What it computes and why: csrc/cpu/truncate-inl.h.
-//
-// `transforms`: a block per module solves for T and measures how much of the module it loses. `truncate`: a block per
-// span of rows of one factor; both products of all modules in one launch.
+// Stage 3, second half: B' = B·T_B [m, k] and A' = T_A·A [k, n], both products of all modules in one launch; a block
+// per span of rows of one factor.
 #include "block.cuh"
 #include "launches.h"
 #include "panel.cuh"
 
 namespace para::cuda {
-
-// How many components are worth solving for: below rounding noise, U is noise, and S^-½ would blow it up.
-__device__ __forceinline__ int components(const Problem& p) {
-    const int64_t limits[] = {p.rank(), p.b.rows, p.a.cols};
-    int64_t most = p.k;
-    for (const int64_t limit : limits) most = limit < most ? limit : most;
-    const double noise = static_cast<double>(p.rank()) * 0x1p-53 * read(p.core.sigma);
-    int low = 0, high = static_cast<int>(most);  // sigma falls
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (read(p.core.sigma + middle) > noise) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    return low;
-}
-
-// An upper bound of ‖Y·D⁻¹‖₂² for Y [rows, width], D = diag(√sigma): the ∞-norm of its Gram matrix, in thread 0. A warp
-// takes a row of it.
-__device__ __forceinline__ double squared_stretch(const double* y, int rows, const double* sigma, int kept, int width,
-                                                  double* warps) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int count = static_cast<int>(blockDim.x) / 32;
-    double largest = 0;
-    for (int c = warp; c < kept; c += count) {
-        double row_sum = 0;
-        const double root = sqrt(read(sigma + c));
-        for (int d = lane; d < kept; d += 32) {
-            double sum = 0;
-            for (int i = 0; i < rows; ++i) sum += read(y + i * width + c) * read(y + i * width + d);
-            row_sum += fabs(sum) / (root * sqrt(read(sigma + d)));
-        }
-        row_sum = sum_of_lanes<32>(row_sum);
-        largest = row_sum > largest ? row_sum : largest;
-    }
-    __syncthreads();
-    if (lane == 0) warps[warp] = largest;
-    __syncthreads();
-    for (int i = 0; i < count; ++i) largest = warps[i] > largest ? warps[i] : largest;
-    return largest;
-}
-
-// A block per module. Dynamic shared memory: right-hand sides [r][WIDE].
-__global__ void __launch_bounds__(TRANSFORMS_THREADS) transforms(Batch batch, int wide) {
-    PARA_DYNAMIC_SHARED(memory);
-    PARA_SHARED(double, warps, 32);
-    const Job job = shared_job(batch, blockIdx.x);
-    const Problem& p = job.problem;
-    if (p.k == 0) return;
-    const Core& core = p.core;
-    const int r = static_cast<int>(p.rank()), width = static_cast<int>(round_up(p.k, TRUNCATE_TILE));
-    const int rank_b = static_cast<int>(read(core.ranks)), rank_a = static_cast<int>(read(core.ranks + 1));
-    const int kept = components(p);
-    const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    double* const t_b = batch.scratch + job.work[TRANSFORMS];
-    double* const t_a = t_b + int64_t{r} * width;
-    double* const y = t_a + int64_t{r} * width;
-    double* const z = y + int64_t{r} * width;
-    const int bits_b = 53 - significand_bits(p.b.dtype), bits_a = 53 - significand_bits(p.a.dtype);
-
-    // T_B: a step solves for one row and takes it out of all rows above. A thread keeps to one column.
-    auto* const sides = reinterpret_cast<double*>(memory);
-    const int column = me % wide, line = me / wide, lines = threads / wide;
-    for (int first = 0; first < width; first += wide) {
-        const int c = first + column;
-        for (int i = line; i < rank_b; i += lines) {
-            sides[i * wide + column] = c < kept ? read(core.u + i * r + c) * sqrt(read(core.sigma + c)) : 0;
-        }
-        __syncthreads();
-        for (int i = r - 1; i >= 0; --i) {
-            const int64_t pivot = read(core.pivot_b + i);
-            double x = 0;
-            if (i < rank_b) {
-                x = sides[i * wide + column] / read(core.r_b + i * r + pivot);
-                for (int l = line; l < i; l += lines) sides[l * wide + column] -= read(core.r_b + l * r + pivot) * x;
-            }
-            if (line == 0 && c < width) write(t_b + pivot * width + c, rounded_to_bits(x, bits_b));
-            __syncthreads();
-        }
-    }
-    small_product<2>(
-        r, width, rank_b, [&](int j, int i) { return read(core.r_b + i * r + j); },
-        [&](int i, int c) { return c < kept ? read(core.u + i * r + c) : 0; },
-        [&](int j, int c, double sum) {
-            const double x = c < kept ? p.scale / sqrt(read(core.sigma + c)) * sum : 0;
-            write(t_a + j * width + c, rounded_to_bits(x, bits_a));
-        });
-    __syncthreads();
-    small_product<2>(
-        rank_b, width, r, [&](int i, int l) { return read(core.r_b + i * r + l); },
-        [&](int l, int c) { return read(t_b + l * width + c); },
-        [&](int i, int c, double sum) { write(y + i * width + c, sum); });
-    small_product<2>(
-        rank_a, width, r, [&](int i, int l) { return read(core.r_a + i * r + l); },
-        [&](int l, int c) { return read(t_a + l * width + c); },
-        [&](int i, int c, double sum) { write(z + i * width + c, sum); });
-    __syncthreads();
-    // ‖M − (R_B T_B)(T_A R_Aᵀ)‖_F = ‖R_B (scale·I − T_B T_A) R_Aᵀ‖_F, for T as rounded.
-    double squared = 0;
-    small_product<4>(
-        rank_b, rank_a, width, [&](int i, int c) { return read(y + i * width + c); },
-        [&](int c, int j) { return read(z + j * width + c); },
-        [&](int i, int j, double sum) {
-            const double residual = read(core.m + i * r + j) - sum;
-            squared += residual * residual;
-        });
-    squared = sum_of_block(squared, warps);
-    const double stretch_b = squared_stretch(y, rank_b, core.sigma, kept, width, warps);
-    const double stretch_a = squared_stretch(z, rank_a, core.sigma, kept, width, warps);
-    if (me == 0) {
-        double* const numbers = batch.results + int64_t{blockIdx.x} * NUMBERS_OF_MODULE;
-        write(numbers, sqrt(squared));
-        write(numbers + 1, sqrt(stretch_b));
-        write(numbers + 2, sqrt(stretch_a));
-    }
-}
 
 // Rows of X · T, T [r, width], as new factors. A thread makes TILE rows, `strips` apart, by TILE components.
 //
@@ -138,14 +18,13 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS, 4) truncate(Batch batch, con
     share(spans + int64_t{blockIdx.x} * SPAN_COLUMNS, SPAN_COLUMNS, span);
     __syncthreads();
     const Job job = shared_job(batch, span[MODULE]);
-    const Problem& p = job.problem;
+    const Problem p = job.problem();
     const bool is_a = span[SIDE] == 1;
     const Tall x = tall(p, is_a);
     const int r = x.columns, width = static_cast<int>(round_up(p.k, TILE));
     const int left = static_cast<int>(span[LEFT]), made = static_cast<int>(span[RIGHT]) - left;
     const int count = static_cast<int>(span[COUNT]);
     const int64_t first = span[FIRST];
-    const double* const t = batch.scratch + job.work[TRANSFORMS] + (is_a ? int64_t{r} * width : 0) + left;
 
     // Threads: `across` of them for a row's components, `strips` strips of rows.
     const int me = static_cast<int>(threadIdx.x);
@@ -167,6 +46,7 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS, 4) truncate(Batch batch, con
     double* const shared_t = panel + PANEL;
     const bool whole_t = round_up(r, 2) * taken <= MOST_OF_T;  // as t_in_shared() has it
     const auto share_t = [&](int from, int rows) {             // and zeros up to an even number
+        const double* const t = batch.scratch + job.work[TRANSFORMS] + (is_a ? int64_t{r} * width : 0) + span[LEFT];
         for (int c = me; c < static_cast<int>(round_up(rows, 2)) * taken / 2; c += TRUNCATE_THREADS) {
             const int l = c * 2 / taken, at = c * 2 % taken;
             double2 pair = make_double2(0, 0);
@@ -222,14 +102,15 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS, 4) truncate(Batch batch, con
             }
             __syncthreads();
         }
-        with_format(p.new_dtype, [&](auto format) {
+        with_format(job.problem().new_dtype, [&](auto format) {
             using Format = decltype(format);
+            const Problem p = job.problem();
             using Storage = typename Format::Storage;
             auto* const staged = reinterpret_cast<Storage*>(memory);
             const bool one_run = !is_a && made == p.k;
-            const int64_t offset = is_a ? left * x.rows + first + begin : (first + begin) * p.k + left;
+            const int64_t offset = is_a ? span[LEFT] * p.a.cols + first + begin : (first + begin) * p.k + span[LEFT];
             char* const out = static_cast<char*>(is_a ? p.new_a : p.new_b) + offset * int64_t{sizeof(Storage)};
-            const Runs runs = is_a      ? Runs{out, made, rows, height, x.rows}
+            const Runs runs = is_a      ? Runs{out, made, rows, height, p.a.cols}
                               : one_run ? Runs{out, 1, rows * made, 0, 0}
                                         : Runs{out, rows, made, static_cast<int>(round_up(made, 8)), p.k};
             const int down = opaque(is_a ? 1 : one_run ? made : runs.stage), right = opaque(is_a ? height : 1);
@@ -238,7 +119,7 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS, 4) truncate(Batch batch, con
                 for (int i = 0; i < TILE; ++i) {
 #pragma unroll
                     for (int j = 0; j < TILE; ++j) {
-                        const int line = strip + i * strips, c = column_of(component, across, j);
+                        const int line = strip + i * strips, c = opaque(column_of(component, across, j));
                         if (line >= rows || c >= made) continue;
                         const Storage stored = Format::store(sum[i][j]);
                         const double error = Format::load(stored) - sum[i][j];
@@ -261,14 +142,6 @@ __global__ void __launch_bounds__(TRUNCATE_THREADS, 4) truncate(Batch batch, con
         write(to, squared);
         write(to + 1, weighted);
     }
-}
-
-const char* launch_transforms(const Batch& batch, int64_t modules, int64_t largest_rank, int64_t largest_new_rank,
-                              void* stream) {
-    int wide = 1;
-    while (wide < largest_new_rank && 2 * wide * largest_rank <= RIGHT_HAND_SIDES) wide *= 2;
-    return launch(transforms, dim3(static_cast<unsigned>(modules)), TRANSFORMS_THREADS,
-                  static_cast<size_t>(wide * largest_rank) * sizeof(double), static_cast<Stream>(stream), batch, wide);
 }
 
 const char* launch_truncate(const Batch& batch, const int64_t* spans, int64_t count, int64_t most_of_t, double* errors,

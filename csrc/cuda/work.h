@@ -27,7 +27,7 @@ enum WorkColumn : int64_t {
     PARTS_A,     //
     TRIANGLES,   // scratch: two packed triangles, where shared memory is too small for them
     SPECTRUM,    // results: what the host reads, [SPECTRUM_HEAD + r]
-    TRANSFORMS,  // scratch: T_B, T_Aᵀ, R_B·T_B, R_A·T_Aᵀ, [r, width] each, width = round_up(k, 4)
+    TRANSFORMS,  // scratch: T_B, T_Aᵀ, and three more for `transforms`, [r, width] each, width = round_up(k, 4)
     WORK_COLUMNS
 };
 
