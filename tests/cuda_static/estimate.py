@@ -239,14 +239,17 @@ def _cores(a: Adapter, launch: Launch, code: Code) -> Cycles:
 
 
 def _transforms(a: Adapter, launch: Launch, code: Code) -> Cycles:
-    """A triangular solve row by row, three products for T and its check, and what is lost."""
+    """A triangular solve row by row, then products staged in shared memory: three for T, what is lost, two bounds."""
     r, k = a.rank, a.kept
-    solve = r * (2 * L2 + DIVISION + 2 * BARRIER + SHARED_LATENCY)
-    products = 3 * math.ceil(r / 2 * k / 2 / launch.threads) * r * 2 * L1
-    lost = math.ceil((r / 4) ** 2 / launch.threads) * k * 2 * L1
-    bounds = 2 * math.ceil(k / (launch.threads // WARP)) * r * L1
+    solve = r * (L2 + BARRIER + SHARED_LATENCY)
+
+    def stages(rows: int, columns: int, inner: int) -> int:
+        return math.ceil(rows / 128) * math.ceil(columns / 32) * math.ceil(inner / 16)
+
+    stage = L2 + 2 * BARRIER + 16 * (SHARED_LATENCY + FP64_LATENCY)
+    products = 3 * stages(r, k, r) + stages(r, r, k) + 2 * stages(k, k, r)
     operations = work(a)["transforms"].operations / len(a.modules) / 2 / WARP
-    return operations * FP64, operations * SHARED_64, operations * 4 * ISSUE, solve + products + lost + bounds
+    return operations * FP64, operations * SHARED_128 / 4, operations * 2 * ISSUE, solve + products * stage
 
 
 def _reading(code: Code, elements: float) -> tuple[float, float, float]:
