@@ -37,14 +37,14 @@ void def_plan(py::class_<Plan, Options...>& type) {
 PYBIND11_MODULE(PARA_MODULE, module) {
     using para::cuda::CoresPlan;
     using para::cuda::TruncatePlan;
-    py::class_<CoresPlan> cores(module, "CoresPlan");
+    py::class_<CoresPlan> cores(module, "CoresPlan", py::module_local());  // `_cuda_emulated` has them too
     cores.def(py::init([](const Table& table, const Scales& scales, int device) {
                   return CoresPlan(para::checked_problems(table, scales), table.data(), scales.data(), device);
               }),
               py::arg("table"), py::arg("scales"), py::arg("device"));
     cores.def_property_readonly("spectra", [](const CoresPlan& plan) { return as_array(plan.spectra); });
     def_plan(cores);
-    py::class_<TruncatePlan> truncate(module, "TruncatePlan");
+    py::class_<TruncatePlan> truncate(module, "TruncatePlan", py::module_local());
     truncate.def(py::init([](const Table& table, const Scales& scales) {
                      return TruncatePlan(para::checked_problems(table, scales), table.data(), scales.data());
                  }),

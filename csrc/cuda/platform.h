@@ -34,12 +34,14 @@ using Stream = cudaStream_t;
 template <class T>
 __device__ __forceinline__ T read(const T* global) {
     static_assert(sizeof(T) <= 16, "wider than the widest load");
+    __builtin_assume(__isGlobal(global));  // or the instruction would ask where it points
     return *global;
 }
 
 template <class T>
 __device__ __forceinline__ void write(T* global, std::common_type_t<T> value) {
     static_assert(sizeof(T) <= 16, "wider than the widest store");
+    __builtin_assume(__isGlobal(global));
     *global = value;
 }
 

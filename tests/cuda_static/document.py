@@ -72,8 +72,7 @@ def _machine_code() -> str:
         codes = [toolkit.code()[kernel, architecture] for architecture in toolkit.architectures()]
         rows.append([f"`{kernel}`", *("/".join(str(toolkit.count(code, p)) for p in patterns) for code in codes)])
     text = (
-        "Instructions in the code: 16-byte loads / 16-byte stores / fp64 multiply-adds. None touches local memory.\n"
-        "Most loads of factors are generic (LD, not LDG), since their addresses come from a table.\n\n"
+        "Instructions in the code: 16-byte loads / 16-byte stores / fp64 multiply-adds. None touches local memory.\n\n"
     )
     return text + _table(["kernel", *_architectures()], rows)
 

@@ -91,9 +91,9 @@ Code = Sequence[Instruction]
 
 _NOTE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64)  # as launches.cpp has it
 
-# Names of instructions. A generic load or store (LD, ST) is one whose address the compiler can't tell to be global.
-WIDE_LOAD = r"LDG?\.E(\.\w+)*\.128(\.\w+)*"
-WIDE_STORE = r"STG?\.E(\.\w+)*\.128(\.\w+)*"
+# Names of instructions.
+WIDE_LOAD = r"LDG\.E(\.\w+)*\.128(\.\w+)*"
+WIDE_STORE = r"STG\.E(\.\w+)*\.128(\.\w+)*"
 LOCAL = r"(LDL|STL)(\.\w+)*"
 
 
