@@ -1,4 +1,4 @@
-# make test     build sdist and wheel, install the wheel into .venv, run every test against it
+# make test     build sdist and wheel, install the wheel into .venv, run the tests against it
 # make test-sanitizers   the CUDA kernels, emulated, under ASan, UBSan and TSan
 # make lint     ruff, mypy, clang-format
 # make cuda     install the wheel into .venv with CUDA kernels, by a toolkit from pip alone
@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 TOOLKIT := build/cuda-toolkit
+NVCC = $(wildcard $(TOOLKIT)/nvidia/cu13/bin/nvcc)# of `make cuda`, from then on in every build
 SOURCES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
@@ -52,7 +53,7 @@ format: $(VENV)/installed
 
 cuda: $(TOOLKIT)/installed
 	rm -f $(VENV)/installed
-	CUDACXX=$(CURDIR)/$(TOOLKIT)/nvidia/cu13/bin/nvcc PARA_EXT_CUDA=ON $(MAKE) --no-print-directory $(VENV)/installed
+	$(MAKE) --no-print-directory $(VENV)/installed
 
 test-cuda-static: $(VENV)/installed $(TOOLKIT)/installed
 	$(BIN)/pytest -m toolkit tests/test_cuda_static.py $(PYTEST_ARGS)
@@ -83,7 +84,7 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(PACKAGE) constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q build
 	rm -rf dist
-	$(BIN)/python -m build . > $(VENV)/build.log 2>&1 || { tail -n 50 $(VENV)/build.log; exit 1; }
+	$(if $(NVCC),CUDACXX=$(CURDIR)/$(NVCC) PARA_EXT_CUDA=ON) $(BIN)/python -m build . > $(VENV)/build.log 2>&1 || { tail -n 50 $(VENV)/build.log; exit 1; }
 	$(BIN)/pip install -q -c constraints.txt "$$(echo dist/para_ext-*.whl)[dev,report]"
 	$(BIN)/pip install -q --no-deps --force-reinstall dist/para_ext-*.whl
 	touch $@

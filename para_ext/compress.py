@@ -238,7 +238,7 @@ def _moved(factors: Iterable[LoraFactors], device: str, backend: str | None) -> 
     import torch
 
     if not torch.cuda.is_available():
-        raise ParaError("no CUDA device is available to PyTorch; use --device cpu")
+        raise ParaError("no CUDA device is available to PyTorch; use the device cpu")
     return [replace(f, B=as_tensor(f.B).to(device), A=as_tensor(f.A).to(device)) for f in factors]
 
 
@@ -278,6 +278,7 @@ def _report(
         notes=tuple(notes),
         seconds=time.perf_counter() - start,
         version=__version__,
+        predicted=new is None,
     )
 
 

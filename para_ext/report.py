@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Report:
         bytes_before, bytes_after: of the tensor files; None for a live model.
         undecided: components whose σ is so close to the cut that rounding decided (another backend may differ).
         notes: what a user should know beyond the numbers, a sentence each.
+        predicted: nothing was truncated; errors are those that the plan predicts, before storage rounding.
     """
 
     plan: Plan
@@ -71,6 +73,7 @@ class Report:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     version: str = field(default="")
+    predicted: bool = False
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -134,6 +137,7 @@ class Report:
             "error_floor": self.error_floor,
             "undecided": list(self.undecided),
             "notes": list(self.notes),
+            "predicted": self.predicted,
             "plan": plan,
             "modules": [asdict(m) for m in self.modules],
         }
@@ -231,9 +235,15 @@ def megabytes(count: int) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A fraction for people; never rounded up to 100 % when something was lost."""
-    text = f"{fraction:.2%}"
-    return ">99.99%" if text == "100.00%" and fraction < 1 else text
+    """A part that is kept, for people: rounded down, so that a lower bound stays one."""
+    return f"{(Decimal(repr(fraction)) * 100).quantize(Decimal('0.01'), ROUND_FLOOR)}%"
+
+
+def at_most(error: float) -> str:
+    """An error for people: rounded up, so that an upper bound stays one."""
+    if not math.isfinite(error):
+        return str(error)
+    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(error))):.2e}"
 
 
 def span(ranks: Sequence[int]) -> str:

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from .inspection import Inspection
 from .naming import natural_key
-from .report import ModuleReport, Report, percent, span
+from .report import ModuleReport, Report, at_most, percent, span
 from .verification import ModuleVerification, Verification
 
 _LEGEND = "energy: kept part of Σσ². error: bound of ‖ΔW−ΔW'‖_F / ‖ΔW‖_F."
+_PREDICTED = "energy: kept part of Σσ². error: ‖ΔW−ΔW'‖_F / ‖ΔW‖_F as predicted, before storage rounding."
 
 
 def report_table(report: Report) -> None:
@@ -32,7 +33,7 @@ def report_table(report: Report) -> None:
     table.add_row(*_report_row("all", report.modules), style="bold")
     console = _console()
     console.print(table)
-    console.print(_LEGEND, style="dim", highlight=False, markup=False)
+    console.print(_PREDICTED if report.predicted else _LEGEND, style="dim", highlight=False, markup=False)
     for note in report.notes:
         console.print(note, highlight=False, markup=False)
     console.print(report.summary(), style="bold", highlight=False, markup=False)
@@ -50,7 +51,7 @@ def _report_row(name: str, modules: Sequence[ModuleReport]) -> tuple[str, ...]:
         f"{before:,} → {after:,}",
         f"{after / before:.1%}",
         percent(1 - dropped / squared_norm) if squared_norm else "–",
-        f"{error / math.sqrt(squared_norm):.2e}" if squared_norm else "–",
+        at_most(error / math.sqrt(squared_norm)) if squared_norm else "–",
     )
 
 
@@ -106,7 +107,7 @@ def _verification_row(name: str, modules: Sequence[ModuleVerification]) -> tuple
         f"×{len(modules)}",
         f"{span([m.rank_before for m in modules])} → {span([m.rank_after for m in modules])}",
         percent(max(0.0, 1 - (error / norm) ** 2)) if norm else "–",
-        f"{error / norm:.2e}" if norm else f"{error:.2e}",
+        at_most(error / norm if norm else error),
         _tail(worst.name) if worst.error else "–",
     )
 

@@ -12,7 +12,7 @@ from .errors import ParaError
 from .factors import LoraFactors, total_parameters
 from .naming import module_type
 from .pool import map_single_threaded
-from .report import percent
+from .report import at_most, percent
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Verification:
         """One line: modules, parameters, energy kept, relative error."""
         return (
             f"{len(self.modules)} modules, {self.parameters_before:,} → {self.parameters_after:,} parameters, "
-            f"energy kept ≥ {percent(self.energy)}, error ≤ {self.relative_error:.2e}"
+            f"energy kept ≥ {percent(self.energy)}, error ≤ {at_most(self.relative_error)}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import para_ext
 from para_ext import LoraFactors, ParaError
+from para_ext.report import at_most, percent
 
 
 def dense(folder: Path) -> dict[str, Tensor]:
@@ -436,3 +437,23 @@ def test_arguments_of_the_wrong_kind_are_refused() -> None:
     for source in (None, 5):
         with pytest.raises(ParaError, match="cannot be decomposed"):
             para_ext.decompose(source)  # type: ignore[arg-type]
+
+
+def test_bounds_stay_bounds_when_they_are_printed() -> None:
+    assert [percent(x) for x in (1.0, 0.999999, 0.9794988, 0.29, 0.0)] == [
+        "100.00%",
+        "99.99%",
+        "97.94%",
+        "29.00%",
+        "0.00%",
+    ]
+    assert [at_most(x) for x in (0.1431824, 0.143, 1e-9, 0.0, math.inf)] == [
+        "1.44e-01", "1.43e-01", "1.00e-09", "0.00e+00", "inf",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_says_that_its_errors_are_predictions(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    dry = para_ext.compress_adapter(adapter, tmp_path / "out", keep=0.5, dry_run=True)
+    assert dry.predicted and dry.to_dict()["predicted"]
+    assert not para_ext.compress_adapter(adapter, tmp_path / "out", keep=0.5).predicted

@@ -35,4 +35,5 @@ def read_adapter(path: Path) -> PeftAdapter:
         raise ParaError(f"'{path}' is the tensor file of an adapter: give its folder, '{path.parent}'")
     if path.suffix not in _SUFFIXES:
         raise ParaError(f"'{path}' is not a tensor file: give the folder that PEFT saved")
-    raise ParaError(f"'{path}' holds {recognise(read_tensors(path)[0])} tensors, not a PEFT folder: convert it to PEFT")
+    kind = recognise(read_tensors(path)[0])
+    raise ParaError(f"'{path}' holds {kind} tensors, not a PEFT folder: convert it to a PEFT LoRA adapter")
