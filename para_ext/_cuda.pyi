@@ -57,5 +57,8 @@ class TruncatePlan:
     def results(self) -> int: ...
     def launch(self, tables: int, scratch: int, results: int, stream: int) -> None: ...
 
+def unusable(device: int) -> str:
+    """Why the kernels can't run on the device of this number; empty where they can."""
+
 def core_words(rank: int) -> int:
     """8-byte words that a module of this rank needs in the workspace."""

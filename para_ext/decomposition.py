@@ -155,7 +155,7 @@ def _assign(factors: Sequence[LoraFactors], wanted: str | None) -> list[tuple[Ba
     if native is None and wanted is None:
         _warn_without_native()
     on_gpu = [device_of(f.B).startswith("cuda") for f in factors]
-    cuda = None
+    cuda: Any = None
     if wanted == "cuda" or (wanted is None and any(on_gpu)):
         cuda = cuda_backend(required=wanted == "cuda")
     if wanted == "cuda" and not all(on_gpu):
@@ -163,6 +163,10 @@ def _assign(factors: Sequence[LoraFactors], wanted: str | None) -> list[tuple[Ba
             f"module '{factors[on_gpu.index(False)].name}': its factors are not on a CUDA device; move them there, or "
             "use another backend"
         )
+    if wanted == "cuda":
+        for device in {as_tensor(f.B).device for f in factors}:
+            if reason := cuda.unusable(device):
+                raise ParaError(f"the CUDA kernels can't run on {device} ({reason}); use backend='torch'")
     chosen: dict[tuple[str, str], tuple[Backend, list[int]]] = {}
     for i, f in enumerate(factors):
         for stages in (native, cuda):

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import para_ext
+from para_ext import LoraFactors
 from para_ext.certificate import blocked, difference, joined, norm, triangle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,3 +162,20 @@ def test_joined_is_the_sum() -> None:
     assert max(float(X.abs().max()), float(Y.abs().max())) <= 1
     expected = -3 * (B.double() @ A.double()) + 0.1 * (B2.double() @ A2.double())
     assert torch.allclose(X @ Y.mT * 2.0**exponent, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("rank", "decay", "k"), [(104, 2.0, 64), (128, 1.0, 127), (128, 4.0, 96)])
+def test_large_graded_cores(backend: str, rank: int, decay: float, k: int) -> None:
+    """Cores above the native rank whose singular values fall far below what MᵀM can tell apart."""
+    if backend == "cpu":
+        pytest.importorskip("para_ext._cpu", reason="the native core is not built here", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(1)
+    B = torch.randn(160, rank, generator=generator) * torch.exp2(-decay * torch.arange(rank))
+    A = torch.randn(rank, 150, generator=generator)
+    d = para_ext.decompose([LoraFactors("x", B, A)], backend=backend)
+    (new,) = d.truncate_certified({"x": k})
+    true = difference(B, A, 1.0, new.B, new.A)
+    assert true <= 1e-7 * d.betas[0]
+    assert true <= 2 * new.error
+    assert new.error <= 3 * true

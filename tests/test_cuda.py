@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from oracles import dense, gram_bound
 
 import para_ext
 from para_ext import LoraFactors, ParaError, decomposition
+from para_ext.backends.cuda import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -295,6 +297,15 @@ def test_malformed_tables_are_refused(emulated: Emulated) -> None:
         native.CoresPlan(np.zeros((1, native.COLUMNS), np.int64), np.zeros(1), 0)
     with pytest.raises(ValueError, match="dtype code 9 is unknown"):
         native.TruncatePlan(np.full((1, native.COLUMNS), 9, np.int64), np.zeros(1))
+
+
+def test_a_device_that_the_kernels_cannot_use_is_left_to_torch() -> None:
+    """An old driver, an old GPU, another vendor's: told once."""
+    old = Stages("cuda", SimpleNamespace(unusable=lambda device: "too old", LARGEST_RANK=1024), "cpu")
+    f = factors(4, 20, 30)
+    with pytest.warns(UserWarning, match=r"can't run on cpu \(too old\)"):
+        assert not old.supports(f)
+    assert not old.supports(f)
 
 
 # --- under sanitizers ------------------------------------------------------------------------------------------------

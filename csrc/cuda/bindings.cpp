@@ -1,8 +1,11 @@
 // The native module `_cuda`: plans made of one table of addresses, and their launches. All memory is the caller's and
 // on the device; a stream is its address. Compiled for the emulator this is `_cuda_emulated`, whose device is the CPU.
 // Types and meaning: para_ext/_cuda.pyi.
+#include <string>
+
 #include "../parallel.h"
 #include "../tables.h"
+#include "launches.h"
 #include "stages.h"
 
 namespace py = pybind11;
@@ -51,6 +54,13 @@ PYBIND11_MODULE(PARA_MODULE, module) {
                  py::arg("table"), py::arg("scales"));
     truncate.def_property_readonly("sides", [](const TruncatePlan& plan) { return as_array(plan.sides); });
     def_plan(truncate);
+    module.def(
+        "unusable",
+        [](int device) {
+            const char* reason = para::cuda::unusable_device(device);
+            return std::string(reason ? reason : "");
+        },
+        py::arg("device"));
     module.def("core_words", &para::Core::words, py::arg("rank"));
     module.attr("COLUMNS") = static_cast<int64_t>(para::COLUMNS);
     module.attr("LARGEST_RANK") = static_cast<int64_t>(para::cuda::LARGEST_RANK);

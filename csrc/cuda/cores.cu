@@ -372,6 +372,10 @@ __global__ void __launch_bounds__(CORES_THREADS) cores(Batch batch, const int64_
     }
 }
 
+const char* unusable_device(int device) {
+    return unusable(device);
+}
+
 int64_t shared_limit_of(int device) {
     return static_cast<int64_t>(shared_limit(device));
 }

@@ -7,6 +7,7 @@
 namespace para::cuda {
 
 // Bytes of shared memory that a block may have on the device of this number; 0 where there is none.
+const char* unusable_device(int device);
 int64_t shared_limit_of(int device);
 
 const char* launch_gram(const Batch& batch, bool large, const int64_t* spans, int64_t count, int64_t shared_limit,
@@ -19,7 +20,7 @@ const char* launch_transforms(const Batch& batch, int64_t modules, int64_t large
 const char* launch_truncate(const Batch& batch, const int64_t* spans, int64_t count, int64_t most_of_t, double* errors,
                             void* stream);
 
-constexpr int64_t STATIC_SHARED = 1024;  // bytes that kernels have beside their dynamic shared memory, at most
+constexpr int64_t STATIC_SHARED = 1024;  // bytes that these kernels have beside their dynamic shared memory, at most
 
 constexpr int64_t cores_shared(int64_t r, bool large) {
     return (3 * r + (r + 3) / 4 + (large ? 0 : 2 * triangle(r))) * 8;

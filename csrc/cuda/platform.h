@@ -10,6 +10,7 @@
 //   half_to_float, float_to_half, double_to_half    the bits of an fp16 number, rounded once, to nearest even
 //   launch(kernel, grid, block, shared, stream, args...)    nullptr, or what went wrong
 //   shared_limit(device)              bytes of shared memory a block may have on this device, 0 where there is none
+//   unusable(device)                  nullptr, or why these kernels can't run there
 #pragma once
 
 #include <cstddef>
@@ -69,14 +70,31 @@ inline size_t shared_limit(int device) {
     return error == cudaSuccess ? static_cast<size_t>(bytes) : 0;
 }
 
+inline const char* unusable(int device) {
+    int major = 0, minor = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error == cudaSuccess) return 10 * major + minor < 75 ? "its compute capability is below 7.5" : nullptr;
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+}
+
+// All of the device's shared memory for a kernel, whatever the launch needs: of two threads that launch at once, none
+// may take from the other, and the limit without asking is 48 KB less what the kernel has statically.
+inline cudaError_t allow_shared(const void* kernel) {
+    int device = 0;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    const int most = static_cast<int>(shared_limit(device)) - static_cast<int>(attributes.sharedSizeBytes);
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 template <class... Parameters, class... Args>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, Args&&... args) {
-    constexpr size_t without_asking = 48 << 10;
     const void* const function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error = cudaSuccess;
-    if (shared > without_asking) {
-        error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    }
+    cudaError_t error = allow_shared(function);
     if (error == cudaSuccess) {
         std::tuple<Parameters...> values(static_cast<Args&&>(args)...);
         error = std::apply(

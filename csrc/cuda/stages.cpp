@@ -27,7 +27,7 @@ int64_t span_rows(int64_t rows, int64_t wanted) {
     return round_up((rows + spans - 1) / spans, 8);
 }
 
-// At least 64 KB of fp32, and enough that the partial Gram matrix is at most 1/16 of what is read.
+// About 64 KB of fp32, and enough that the partial Gram matrix is about 1/16 of what is read.
 int64_t gram_rows(const Problem& p, int64_t side) {
     const int64_t r = p.rank();
     return span_rows(rows_of(p, side), std::max(16384 / r, 64 * r / bytes_of_side(p, side)));

@@ -8,6 +8,7 @@ decomposed by torch.linalg on the device.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,13 +69,25 @@ class Stages:
         self.NAME = name
         self.native: Any = native
         self.device_type = device_type
+        self._reasons: dict[torch.device, str] = {}
 
     def supports(self, f: LoraFactors) -> bool:
         """Whether this backend takes the module: data on its type of device, of at most 32 bits."""
         (m, r), n = f.B.shape, f.A.shape[1]
         # The core of a rank far above min(m, n) would be all zeros, but of its full size here.
         small = r <= 96 or r <= min(m, n, self.native.LARGEST_RANK)
-        return small and all(self._plain(x) for x in (f.A, f.B))
+        return small and all(self._plain(x) for x in (f.A, f.B)) and not self.unusable(as_tensor(f.B).device)
+
+    def unusable(self, device: torch.device) -> str:
+        """Why the kernels can't run on this device, in a few words, said once; empty where they can."""
+        if device not in self._reasons:
+            self._reasons[device] = self.native.unusable(device.index or 0)
+            if reason := self._reasons[device]:
+                warnings.warn(
+                    f"para_ext's CUDA kernels can't run on {device} ({reason}), so the torch backend does the work",
+                    stacklevel=2,
+                )
+        return self._reasons[device]
 
     def _plain(self, x: Any) -> bool:
         if code_of(x) not in _TYPES:

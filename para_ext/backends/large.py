@@ -9,10 +9,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_GRADED = 2.0**-17  # u·(σ₁/σ)², how far two columns are from orthogonal, is 2e-6 here
+
+
 def left_vectors(M: Tensor) -> tuple[Tensor, Tensor]:
     """U [r, r] and S [r] of M = U S Vᵀ [r, r], fp64 and finite, S descending; columns of U are zero where S is.
 
-    V is from MᵀM, at two thirds of the cost of an SVD: its error u‖M‖²/σ is within what the Gram matrices left.
+    V is from MᵀM, at two thirds of the cost of an SVD: its error u‖M‖²/σ is within what the Gram matrices left. Columns
+    of U that belong to σ far below σ₁ would not be orthogonal, though: where there are such, it is an SVD after all.
     """
     import torch
 
@@ -20,5 +24,9 @@ def left_vectors(M: Tensor) -> tuple[Tensor, Tensor]:
     M = M * math.ldexp(1.0, -(exponent // 2)) * math.ldexp(1.0, exponent // 2 - exponent)
     US = M @ torch.linalg.eigh(M.mT @ M).eigenvectors.flip(1)
     S, order = torch.linalg.vector_norm(US, dim=0).sort(descending=True, stable=True)
-    U = US[:, order] / S.where(S > 0, 1.0)
+    if S[-1] < S[0] * _GRADED:
+        U, S, _ = torch.linalg.svd(M)
+        U = U * (S > 0)
+    else:
+        U = US[:, order] / S
     return U, S * math.ldexp(1.0, exponent // 2) * math.ldexp(1.0, exponent - exponent // 2)

@@ -21,6 +21,7 @@ std::map<const void*, std::string>& names() {
 using Note = void (*)(const char* kernel, int64_t blocks, int threads, int64_t dynamic_shared);
 Note note;
 int64_t limit;  // of shared memory per block
+int allowed;    // of dynamic shared memory, for the next launch
 
 }  // namespace
 
@@ -52,7 +53,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
     *value = static_cast<int>(limit);
     return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    *attributes = {};
+    return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int dynamic_shared) {
+    allowed = dynamic_shared;
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() {
@@ -62,6 +72,7 @@ const char* cudaGetErrorString(cudaError_t) {
     return "an error";
 }
 cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void**, size_t shared, cudaStream_t) {
+    if (static_cast<int64_t>(shared) > allowed) return cudaErrorInvalidValue;
     note(names().at(host).c_str(), grid.x, static_cast<int>(block.x), static_cast<int64_t>(shared));
     return cudaSuccess;
 }

@@ -309,6 +309,9 @@ inline uint16_t float_to_half(float value) {
 }
 
 size_t shared_limit(int device);
+inline const char* unusable(int) {
+    return nullptr;
+}
 
 template <class... Parameters, class... Args>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream, Args&&... args) {
