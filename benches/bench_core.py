@@ -136,20 +136,26 @@ def test_whole_call(benchmark: Any, name: str) -> None:
     times: dict[str, list[float]] = {"memory": []}
     alive: list[Any] = []
 
+    def ready(call: Callable[[], Pairs]) -> None:
+        """See to memory and idle threads; small adapters are called once before: waking a processor takes as long."""
+        back(fresh)
+        if case.floor is None:
+            alive.append(call())
+
     def other_methods() -> None:
         alive.clear()
         machine = rates(threads)
         for method, call in methods.items():
-            back(fresh)
+            ready(call)
             times.setdefault(method, []).append(seconds(lambda call=call: alive.append(call())))
-        back(fresh)
+        ready(lambda: ours(factors))
         with native_seconds() as native:
             alive.append(ours(factors))
         native["floor"] = sum(floor(factors, ranks, machine))
         native["of floor, reused"] = (native["cores"] + native["reused"]) / native["floor"]
         for stage, value in native.items():
             times.setdefault(stage, []).append(value)
-        back(fresh)
+        ready(lambda: ours(factors))
 
     def one_round() -> None:
         with memory_seconds() as spent:
