@@ -20,6 +20,18 @@ from .whole_file import write_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+
+def part(text: str) -> float:
+    """A part of a whole, 0.95 or 95%."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise click.BadParameter(f"'{text}' is not a part from 0 to 1: give one like 0.95 or 95%")
+    return value
+
+
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 _THREADS = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads to use; all CPUs, or OMP_NUM_THREADS, by default."
@@ -170,8 +182,12 @@ def compress(
 @cli.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("compressed", type=click.Path(path_type=Path))
-@click.option("--max-error", type=float, help="Exit 1 if ‖ΔW − ΔW'‖_F / ‖ΔW‖_F may exceed this.")
-@click.option("--min-energy", type=float, help="Exit 1 if less than this part of the energy may be kept.")
+@click.option(
+    "--max-error", type=part, metavar="E", help="Exit 1 if ‖ΔW − ΔW'‖_F / ‖ΔW‖_F may exceed this: 0.1 or 10%."
+)
+@click.option(
+    "--min-energy", type=part, metavar="E", help="Exit 1 if less than this part of the energy may be kept: 0.95 or 95%."
+)
 @_THREADS
 @_JSON
 def verify(

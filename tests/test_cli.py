@@ -156,6 +156,10 @@ def test_verify_sets_the_exit_code(run: Run, adapter: Path, tmp_path: Path) -> N
     run("compress", adapter, tmp_path / "small", "--energy", "0.95")
     assert run("verify", adapter, tmp_path / "small")[0] == 0
     assert run("verify", adapter, tmp_path / "small", "--min-energy", "0.9", "--max-error", "0.3")[0] == 0
+    assert run("verify", adapter, tmp_path / "small", "--min-energy", "90%", "--max-error", "30%")[0] == 0
+    for nonsense in ("90", "-1", "much", "nan", "150%"):
+        code, _, err = run("verify", adapter, tmp_path / "small", "--min-energy", nonsense)
+        assert code == 2 and "is not a part from 0 to 1" in err
     code, out, err = run("verify", adapter, tmp_path / "small", "--min-energy", "0.9999")
     assert code == 1
     assert "less than --min-energy" in err
