@@ -23,6 +23,7 @@ from ..pool import map_single_threaded
 from . import Truncated
 from .certified import certified
 from .large import left_vectors
+from .table import A_COLUMNS, B_ROWS, NEW_A, NEW_B, NEW_RANK, RANK, TYPES, check_status, row, with_outputs
 
 NAME = "cpu"
 
@@ -31,12 +32,6 @@ LARGEST_NATIVE_RANK = 96
 
 ISA = os.environ.get("PARA_EXT_ISA", "")
 """ISA level to use, one of `_cpu.isa_levels()`; empty for the best."""
-
-_TYPES = {"F32": 0, "F16": 1, "BF16": 2}  # csrc/problem.h, DType
-_SLOT = 64  # bytes; every output starts on a cache line
-
-# Columns of the table (csrc/problem.h); from the last of these on they are stage 3's.
-_B_ROWS, _A_COLUMNS, _RANK, _NEW_RANK = 1, 6, 10, 12
 
 
 @dataclass(eq=False)
@@ -76,21 +71,12 @@ def supports(factors: LoraFactors) -> bool:
     A, B, r = factors.A, factors.B, factors.rank
     # The core of a rank far above min(m, n) would be all zeros, but of its full size here.
     small = r <= LARGEST_NATIVE_RANK or r <= min(factors.m, factors.n)
-    return small and code_of(A) in _TYPES and code_of(B) in _TYPES and _plain(A) and _plain(B)
+    return small and code_of(A) in TYPES and code_of(B) in TYPES and _plain(A) and _plain(B)
 
 
 def _plain(x: Array) -> bool:
     """Whether the elements lie in the CPU's memory as they are; a tensor may stand for the opposite of them."""
     return isinstance(x, np.ndarray) or (x.is_cpu and not x.is_neg())
-
-
-def _place(x: Array) -> tuple[int, int, int, int]:
-    """Address, strides in elements, type."""
-    if isinstance(x, np.ndarray):
-        row, column = x.strides
-        return x.ctypes.data, row // x.itemsize, column // x.itemsize, _TYPES[str(code_of(x))]
-    row, column = x.stride()
-    return x.data_ptr(), row, column, _TYPES[str(code_of(x))]
 
 
 def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
@@ -107,25 +93,11 @@ def cores(factors: Sequence[LoraFactors], threads: int) -> Cores:
     rows: list[tuple[int, ...]] = []
     for f, count in zip(factors, words, strict=True):
         offsets.append(base)
-        (m, r), n = f.B.shape, f.A.shape[1]
-        B, B_rows, B_columns, B_type = _place(f.B)
-        A, A_rows, A_columns, A_type = _place(f.A)
-        rows.append((
-            B, m, B_rows, B_columns, B_type, A, n, A_rows, A_columns, A_type, r, address + 8 * base, 0, 0, 0, 0
-        ))  # fmt: skip
+        rows.append(row(f, address + 8 * base))
         base += count
     table = np.array(rows, dtype=np.int64).reshape(len(rows), _cpu.COLUMNS)
     scales = np.array([f.scale for f in factors], dtype=np.float64)
-    for f, status in zip(factors, _cpu.cores(table, scales, threads, ISA).tolist(), strict=True):
-        if status == 3:
-            raise ParaError(
-                f"module '{f.name}': its singular values exceed the range of float64; scale its factors or alpha down"
-            )
-        if status:
-            raise ParaError(
-                f"module '{f.name}': {'B' if status == 1 else 'A'} holds a NaN or an infinity; "
-                "repair or retrain the adapter"
-            )
+    check_status(factors, _cpu.cores(table, scales, threads, ISA).tolist())
     return Cores(tuple(factors), table, scales, workspace, offsets)
 
 
@@ -152,8 +124,8 @@ def svd(cores: Cores, threads: int) -> list[list[float]]:
     if large:
         map_single_threaded(decompose, large, threads)
     # All at once, and in lists: a thousand small views of an array cost more than the SVDs of their modules.
-    ranks = cores.table[:, _RANK]
-    counts = np.minimum(np.minimum(ranks, cores.table[:, _B_ROWS]), cores.table[:, _A_COLUMNS])
+    ranks = cores.table[:, RANK]
+    counts = np.minimum(np.minimum(ranks, cores.table[:, B_ROWS]), cores.table[:, A_COLUMNS])
     ends = counts.cumsum()
     starts = np.array(cores.offsets, dtype=np.int64) + 4 * ranks * ranks
     values = cores.workspace[np.arange(counts.sum()) + (starts - ends + counts).repeat(counts)].tolist()
@@ -164,21 +136,13 @@ def truncate(
     factors: Sequence[LoraFactors], cores: Cores, ranks: Sequence[int], codes: Sequence[str], threads: int
 ) -> list[Truncated]:
     """See `Backend.truncate`."""
-    table = cores.table.copy()
-    new = table[:, _NEW_RANK:]
-    new[:, 0] = ranks
-    new[:, 3] = [_TYPES[code] for code in codes]
-    itemsize = np.array([NUMPY[code].itemsize for code in codes], dtype=np.int64)
-    # B', A' of module after module, each from the next whole slot on.
-    slots = -(-table[:, [_B_ROWS, _A_COLUMNS]] * (new[:, :1] * itemsize[:, None]) // _SLOT)
-    ends = slots.ravel().cumsum() * _SLOT
-    arena = np.asarray(_cpu.Arena(ends[-1].item() if len(ends) else 0, threads))
-    starts = (ends - slots.ravel() * _SLOT).reshape(-1, 2)
-    new[:, 1:3] = starts + arena.ctypes.data
-    whole = {code: arena[: arena.size // _SLOT * _SLOT].view(NUMPY[code]) for code in set(codes)}
+    table, size, starts = with_outputs(cores.table, ranks, codes)
+    arena = np.asarray(_cpu.Arena(size, threads))
+    table[:, [NEW_B, NEW_A]] += arena.ctypes.data
+    whole = {code: arena.view(NUMPY[code]) for code in set(codes)}
     tensors = {code: as_tensor(x) for code, x in whole.items()} if any(is_tensor(f.B) for f in factors) else {}
     outputs: list[tuple[Array, Array]] = []
-    for f, k, code, (B, A) in zip(factors, ranks, codes, (starts // itemsize[:, None]).tolist(), strict=True):
+    for f, k, code, (B, A) in zip(factors, ranks, codes, starts, strict=True):
         m, n = f.B.shape[0], f.A.shape[1]
         if is_tensor(f.B):
             flat = tensors[code]
@@ -190,7 +154,7 @@ def truncate(
     return certified(
         factors,
         outputs,
-        table[:, [_RANK, _NEW_RANK]],
+        table[:, [RANK, NEW_RANK]],
         certificates,
         cores.betas,
         lambda i: math.hypot(*cores.sigma(i).tolist()),

@@ -27,12 +27,8 @@ from ..pool import map_single_threaded
 from . import Truncated
 from .certified import certified
 from .large import left_vectors
+from .table import NEW_A, NEW_B, NEW_RANK, RANK, TYPES, check_status, row, with_outputs
 
-_TYPES = {"F32": 0, "F16": 1, "BF16": 2}  # csrc/problem.h, DType
-_SLOT = 64  # bytes; every output starts on a sector of memory
-
-# Columns of the table (csrc/problem.h); from the last of these on they are stage 3's.
-_B_ROWS, _A_COLUMNS, _RANK, _CORE, _NEW_RANK = 1, 6, 10, 11, 12
 # The head of a spectrum and the numbers of stage 3 (csrc/cuda/work.h).
 _SQUARED_NORM_B, _SQUARED_NORM_A, _STATUS, _SWEEPS, _SIGMA = range(5)
 _PER_MODULE, _PER_SPAN = 3, 2
@@ -90,7 +86,7 @@ class Stages:
         return self._reasons[device]
 
     def _plain(self, x: Any) -> bool:
-        if code_of(x) not in _TYPES:
+        if code_of(x) not in TYPES:
             return False
         x = as_tensor(x)
         return x.device.type == self.device_type and not x.is_neg()
@@ -104,7 +100,7 @@ class Stages:
             workspace = torch.empty(max(offsets[-1], 2), dtype=torch.float64, device=device)
             address = workspace.data_ptr()
             table = np.array(
-                [[*_row(f), address + 8 * base, 0, 0, 0, 0] for f, base in zip(factors, offsets, strict=False)],
+                [row(f, address + 8 * base) for f, base in zip(factors, offsets, strict=False)],
                 dtype=np.int64,
             ).reshape(len(factors), native.COLUMNS)
             scales = np.array([f.scale for f in factors], dtype=np.float64)
@@ -113,17 +109,7 @@ class Stages:
             results = self._launch(plan, device, stream)
         starts = plan.spectra.tolist()
         spectra = [results[i : i + _SIGMA + f.rank] for f, i in zip(factors, starts, strict=True)]
-        for f, spectrum in zip(factors, spectra, strict=True):
-            if spectrum[_STATUS] == 3:
-                raise ParaError(
-                    f"module '{f.name}': its singular values exceed the range of float64; "
-                    "scale its factors or alpha down"
-                )
-            if spectrum[_STATUS] != 0:
-                raise ParaError(
-                    f"module '{f.name}': {'B' if spectrum[_STATUS] == 1 else 'A'} holds a NaN or an infinity; "
-                    "repair or retrain the adapter"
-                )
+        check_status(factors, [spectrum[_STATUS] for spectrum in spectra])
         return Cores(factors, table, scales, workspace, offsets[:-1], spectra)
 
     def betas(self, cores: Cores) -> list[float]:
@@ -156,30 +142,22 @@ class Stages:
         threads: int,
     ) -> list[Truncated]:
         """See `Backend.truncate`."""
-        table = cores.table.copy()
-        new = table[:, _NEW_RANK:]
-        new[:, 0] = ranks
-        new[:, 3] = [_TYPES[code] for code in codes]
-        itemsize = np.array([torch_dtype(code).itemsize for code in codes], dtype=np.int64)
-        # B', A' of module after module, each from the next whole slot on.
-        slots = -(-table[:, [_B_ROWS, _A_COLUMNS]] * (new[:, :1] * itemsize[:, None]) // _SLOT)
-        ends = slots.ravel().cumsum() * _SLOT
+        table, size, starts = with_outputs(cores.table, ranks, codes)
         with self._device(factors) as (device, stream):
-            arena = torch.empty(ends[-1].item() if len(ends) else 0, dtype=torch.uint8, device=device)
-            starts = (ends - slots.ravel() * _SLOT).reshape(-1, 2)
-            new[:, 1:3] = starts + arena.data_ptr()
+            arena = torch.empty(size, dtype=torch.uint8, device=device)
+            table[:, [NEW_B, NEW_A]] += arena.data_ptr()
             plan = self.native.TruncatePlan(table, cores.scales)
             results = self._launch(plan, device, stream)
         whole = {code: arena.view(torch_dtype(code)) for code in set(codes)}
         outputs = []
-        for f, k, code, (B, A) in zip(factors, ranks, codes, (starts // itemsize[:, None]).tolist(), strict=True):
+        for f, k, code, (B, A) in zip(factors, ranks, codes, starts, strict=True):
             flat = whole[code]
             outputs.append((flat.as_strided((f.m, k), (k, 1), B), flat.as_strided((k, f.n), (f.n, 1), A)))
         return certified(
             factors,
             outputs,
-            table[:, [_RANK, _NEW_RANK]],
-            _certificates(results, plan.sides, table[:, _NEW_RANK]),
+            table[:, [RANK, NEW_RANK]],
+            _certificates(results, plan.sides, table[:, NEW_RANK]),
             cores.betas,
             cores.norm,
             threads,
@@ -215,13 +193,6 @@ def _told() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ParaError(f"CUDA cannot go on: {error}; use backend='torch'") from error
-
-
-def _row(f: LoraFactors) -> tuple[int, ...]:
-    """A module's columns of the table up to its rank (csrc/problem.h)."""
-    B, A = as_tensor(f.B), as_tensor(f.A)
-    types = [_TYPES[str(code_of(x))] for x in (B, A)]
-    return B.data_ptr(), f.m, *B.stride(), types[0], A.data_ptr(), f.n, *A.stride(), types[1], f.rank
 
 
 def _certificates(
