@@ -330,9 +330,7 @@ def _write(
     notes = report.notes
     if written.left_out:
         notes += (f"Not copied: {', '.join(written.left_out)}.",)
-    if written.oldest_peft:
-        notes += (f"The ranks are written as patterns that need PEFT ≥ {written.oldest_peft}.",)
-    return replace(report, bytes_after=written.size, notes=notes)
+    return replace(report, bytes_after=written.size, notes=(*notes, *written.notes))
 
 
 def _sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ from para_ext.errors import ParaError
 from para_ext.factors import LoraFactors, as_tensors, check_factors
 from para_ext.formats import PeftAdapter, read_adapter, read_peft
 from para_ext.formats.output import CONFIG, PICKLED, WEIGHTS
-from para_ext.formats.peft import read_tensors
+from para_ext.formats.tensors import read_tensors
 
 peft = pytest.importorskip("peft", reason="PEFT writes and loads the adapters")
 
@@ -390,7 +390,7 @@ def test_pickled_tensors(tmp_path: Path, legacy: bool) -> None:
 def test_an_adapter_name_in_the_keys_is_taken_out(tmp_path: Path) -> None:
     magnitude = {f"{P}q.lora_magnitude_vector.default.weight": torch.ones(5)}
     adapter = read_peft(folder_of(tmp_path / "a", pair(suffix="default.weight") | magnitude, use_dora=True))
-    assert adapter.tensors(factors_of(adapter)).keys() == {*pair(), f"{P}q.lora_magnitude_vector.weight"}
+    assert adapter.tensors({f.name: f for f in factors_of(adapter)}).keys() == {*pair(), f"{P}q.lora_magnitude_vector.weight"}
 
 
 def test_safetensors_is_preferred_and_links_are_read(tmp_path: Path) -> None:

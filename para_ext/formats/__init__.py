@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..errors import ParaError
 from .output import CONFIG, PICKLED, WEIGHTS
-from .peft import PeftAdapter, read_peft, read_tensors, recognise
+from .peft import PeftAdapter, read_peft
+from .tensors import read_tensors, recognise
 
 __all__ = ["PeftAdapter", "read_adapter", "read_peft"]
 
