@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,10 +117,8 @@ class Adapter(ABC, Generic[AnySlot]):
         foreign: every other tensor by key (heads, magnitude vectors, embeddings, trained tokens, biases).
         metadata: of the safetensors header.
         notes: sentences for the report: how the source was understood.
+        tensor_file: name of the tensor file in a folder that is written.
     """
-
-    TENSORS: ClassVar[str]
-    """Name of the tensor file in a folder that is written."""
 
     path: Path
     weights: Path
@@ -128,6 +126,7 @@ class Adapter(ABC, Generic[AnySlot]):
     foreign: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tensor_file: str
 
     @cached_property
     def factors(self) -> tuple[LoraFactors, ...]:
@@ -212,14 +211,14 @@ class Adapter(ABC, Generic[AnySlot]):
         def fill(folder: Path) -> None:
             nonlocal size
             notes.extend(self.fill(folder, factors, metadata=metadata, code=code))
-            size = sum(path.stat().st_size for path in folder.glob(self.TENSORS))
+            size = sum(path.stat().st_size for path in folder.glob(self.tensor_file))
             if not single:
                 write_json(folder / SIDECAR, sidecar)
                 if self.path.is_dir():
                     left_out.extend(copy_along(self.path, folder, own=self.weights.name))
 
         if single:
-            write_file(out, self.TENSORS, fill, overwrite=overwrite, source=self.path)
+            write_file(out, self.tensor_file, fill, overwrite=overwrite, source=self.path)
         else:
             write_folder(out, fill, overwrite=overwrite, source=self.path)
         return Written(size, left_out, notes)

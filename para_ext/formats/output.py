@@ -28,8 +28,7 @@ DIFFUSERS = "pytorch_lora_weights.safetensors"
 SINGLE = "lora.safetensors"
 MLX = "adapters.safetensors"
 GGUF = "adapter.gguf"
-_TENSORS = (WEIGHTS, DIFFUSERS, SINGLE, MLX, GGUF)
-_WRITTEN = (CONFIG, SIDECAR, *_TENSORS)
+_WRITTEN = (CONFIG, SIDECAR, WEIGHTS)
 _REPLACED = (*_WRITTEN, PICKLED)
 
 # What belongs to an adapter beside its weights: model card, licence, tokenizer, processor, chat template.
@@ -182,7 +181,8 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise ParaError(f"'{out}' is not a folder, so --overwrite does not replace it: give another one")
     entries = sorted(out.iterdir())
     names = {path.name for path in entries}
-    if names.isdisjoint(_TENSORS):
+    ours = SIDECAR in names and sum(path.suffix in (".safetensors", ".gguf") for path in entries) == 1
+    if not ours and not {CONFIG, WEIGHTS} <= names:
         raise ParaError(f"'{out}' holds no adapter, so --overwrite does not replace it: give another folder")
     foreign = [path.name for path in entries if not _is_ours(path)]
     if foreign:
@@ -198,7 +198,8 @@ def _check_replaceable_file(out: Path, overwrite: bool) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink() and (path.name in _WRITTEN or _goes_along(path.name))
+    written = path.name in _WRITTEN or path.suffix in (".safetensors", ".gguf") or _goes_along(path.name)
+    return path.is_file() and not path.is_symlink() and written
 
 
 @contextlib.contextmanager

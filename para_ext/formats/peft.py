@@ -7,11 +7,10 @@ Experts are ``target_parameters``; several parameters of one module are nested, 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,12 +28,12 @@ from ..naming import natural_key
 from .adapter import Adapter, Slot
 from .output import CONFIG, PICKLED, WEIGHTS, write_json, write_safetensors
 from .peft_config import PatternKeys, Targets, oldest_peft, unit_scale_config
-from .tensors import check_file, first_line, read_tensors, recognise, writable_code
+from .tensors import read_json, read_tensors, recognise, writable_code
 
 if TYPE_CHECKING:
     pass
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _KEY = re.compile(
     r"(?P<path>.+)\.lora_(?:(?P<which>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<leaf>weight|bias)"
     r"|embedding_(?P<embedding>[AB])(?:\.(?P<name>[^.]+))?)",
@@ -87,8 +86,7 @@ class PeftAdapter(Adapter[PeftSlot]):
         config: adapter_config.json.
     """
 
-    TENSORS = WEIGHTS
-
+    tensor_file: str = WEIGHTS
     config: Mapping[str, Any]
 
     def header(self, metadata: str) -> dict[str, str]:
@@ -161,13 +159,16 @@ class PeftAdapter(Adapter[PeftSlot]):
         return [f"The ranks are written as patterns that need PEFT ≥ {oldest}."] if oldest else []
 
 
-def read_peft(path: Path) -> PeftAdapter:
+def read_peft(path: Path, weights: Path | None = None) -> PeftAdapter:
     """Read an adapter folder; safetensors is preferred where a .bin lies beside it, as PEFT does.
+
+    Args:
+        weights: its tensor file, if that has another name than PEFT gives it.
 
     Raises:
         ParaError: what is wrong with it, and what to do.
     """
-    weights = next((path / name for name in (WEIGHTS, PICKLED) if (path / name).is_file()), None)
+    weights = weights or next((path / name for name in (WEIGHTS, PICKLED) if (path / name).is_file()), None)
     if weights is None:
         raise ParaError(f"'{path}' holds neither {WEIGHTS} nor {PICKLED}: give the folder that PEFT saved")
     if not (path / CONFIG).is_file():
@@ -191,43 +192,55 @@ def read_peft(path: Path) -> PeftAdapter:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    check_file(path)
-    try:
-        config = json.loads(path.read_bytes(), object_pairs_hook=partial(_no_duplicates, path))
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, ParaError):
-            raise
-        raise ParaError(f"'{path}' is not valid JSON ({first_line(e)}): correct it, or save the adapter again") from e
-    if not isinstance(config, dict):
-        raise ParaError(f"'{path}' is not a JSON object: save the adapter again")
+    config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise ParaError(f"'{path}' says peft_type {config.get('peft_type')!r}, but only LORA can be compressed")
+    return checked_config(str(path), config)
+
+
+def checked_config(where: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a LoraConfig, if they are well-formed and describe plain LoRA.
+
+    Args:
+        where: what they were read from.
+
+    Raises:
+        ParaError: they are not, or belong to a variant whose ΔW is not scale·B·A.
+    """
     for key, (fits, wanted) in _FIELDS.items():
         if key in config and not fits(config[key]):
-            raise ParaError(f"'{path}': {key} is {config[key]!r:.80}, but must be {wanted}: correct it")
+            raise ParaError(f"'{where}': {key} is {config[key]!r:.80}, but must be {wanted}: correct it")
     for key in ("r", "lora_alpha"):
         if key not in config:
-            raise ParaError(f"'{path}' has no {key}, so the scale is unknown: add it")
+            raise ParaError(f"'{where}' has no {key}, so the scale is unknown: add it")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_UNCONVERTED):
         raise ParaError(
-            f"'{path}': the adapter was initialised by {init}, which also changed the base weights; convert it first, "
+            f"'{where}': the adapter was initialised by {init}, which also changed the base weights; convert it first, "
             "by model.save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     if init == "loftq" or config.get("loftq_config"):
-        raise ParaError(f"'{path}': the adapter was initialised by LoftQ, which changed the base weights too; merge it")
+        raise ParaError(
+            f"'{where}': the adapter was initialised by LoftQ, which changed the base weights too; merge it"
+        )
     for key, name in _NOT_PLAIN.items():
         if config.get(key):
-            raise ParaError(f"'{path}': the adapter uses {name}, which is not plain LoRA; merge it instead")
+            raise ParaError(f"'{where}': the adapter uses {name}, which is not plain LoRA; merge it instead")
     return config
 
 
-def _no_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ParaError(f"'{path}' gives {twice!r} twice: remove one")
-    return seen
+def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """alpha/r, or alpha/√r with rsLoRA, of a module by the first of PEFT's rules that gives it its rank.
+
+    Raises:
+        ParaError: none does.
+    """
+    for lookup in _lookups(config):
+        if lookup["rank"](name) == rank:
+            return float(lookup["alpha"](name) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    raise ParaError(
+        f"module '{name}' has rank {rank}, but the file's settings give it another; put those of its tensors"
+    )
 
 
 def _is_rank(value: object) -> bool:
@@ -298,7 +311,7 @@ def _sort(tensors: Mapping[str, NDArray[Any]], file: Path) -> tuple[dict[str, _P
     foreign: dict[str, NDArray[Any]] = {}
     adapters = set()
     for key, tensor in tensors.items():
-        if key.startswith(_PREFIX * 2):
+        if key.startswith(PREFIX * 2):
             raise ParaError(f"'{file}': key '{key}' has its prefix twice; save the adapter from one PeftModel")
         match = _KEY.fullmatch(key)
         if match is None:
@@ -324,7 +337,7 @@ def _sort(tensors: Mapping[str, NDArray[Any]], file: Path) -> tuple[dict[str, _P
 def _pair(path: str, found: dict[str, NDArray[Any]]) -> _Pair:
     embedding = any(part.startswith("embedding") for part in found)
     key_A, key_B = ("embedding A", "embedding B") if embedding else ("A weight", "B weight")
-    name = path.removeprefix(_PREFIX)
+    name = path.removeprefix(PREFIX)
     for which, key in (("A", key_A), ("B", key_B)):
         if key not in found:
             raise ParaError(f"module '{name}' has no {which} beside its {next(iter(found))}; save the adapter again")
@@ -350,7 +363,7 @@ def _bare_slots(pairs: Mapping[str, _Pair], config: Mapping[str, Any]) -> list[P
         wrapped[re.sub(r"(\.base_layer)+$", "", path)].append(path)
     targets, slots = Targets(config), []
     for module, paths in wrapped.items():
-        name = module.removeprefix(_PREFIX)
+        name = module.removeprefix(PREFIX)
         parameters = _parameters(name, config, targets)
         if not parameters and len(paths) == 1 and paths[0] == module:
             inner = ".base_layer." in name
@@ -398,7 +411,7 @@ def _members(slots: Sequence[PeftSlot], config: Mapping[str, Any]) -> list[PeftS
 
 def _owner(slot: PeftSlot) -> str:
     """The module that PEFT wraps: of all parameters of a module, and of both projections of an attention, the same."""
-    return slot.path.removeprefix(_PREFIX).partition(".base_layer.")[0]
+    return slot.path.removeprefix(PREFIX).partition(".base_layer.")[0]
 
 
 def _with_members(

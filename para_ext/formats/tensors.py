@@ -1,11 +1,14 @@
-"""Tensor files: safetensors by their mapped bytes, pickles with weights_only; and what adapter their keys tell."""
+"""Untrusted files: safetensors by mapped bytes, pickles with weights_only, JSON; and what adapter keys tell of."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +78,32 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
             raise ParaError(f"'{path}': tensor '{key}' is not dense (sparse, nested, quantized or meta): save it dense")
         writable_code(key, tensor)
     return dict(loaded)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ParaError: empty, a Git LFS pointer, no JSON, not an object, or one with a key twice.
+    """
+    check_file(path)
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=partial(_no_duplicates, path))
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, ParaError):
+            raise
+        raise ParaError(f"'{path}' is not valid JSON ({first_line(e)}): correct it, or save the adapter again") from e
+    if not isinstance(value, dict):
+        raise ParaError(f"'{path}' is not a JSON object: save the adapter again")
+    return value
+
+
+def _no_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ParaError(f"'{path}' gives {twice!r} twice: remove one")
+    return seen
 
 
 def recognise(keys: Collection[str]) -> str:
