@@ -20,7 +20,7 @@ from ..factors import LoraFactors
 from ..layout import FileLayout
 from .adapter import Adapter
 from .base import BaseModel
-from .output import write_safetensors
+from .output import check_out, write_safetensors
 from .peft import PREFIX, PeftAdapter, PeftSlot
 from .tensors import read_tensors
 
@@ -44,6 +44,11 @@ class MergedAdapter(Adapter[PeftSlot]):
     keys: Mapping[str, str]
     saved: Mapping[str, NDArray[Any]]
     transposed: frozenset[str]
+
+    def check_out(self, out: Path, *, overwrite: bool) -> None:
+        """See :meth:`Adapter.check_out`."""
+        super().check_out(out, overwrite=overwrite)
+        check_out(out, overwrite=overwrite, source=self.base.folder)
 
     def layout(self, code: str | None = None, metadata: str = "") -> FileLayout | None:
         """See :meth:`Adapter.layout`: its size does not depend on the ranks."""
