@@ -40,6 +40,7 @@ QUIET = [
     pytest.mark.filterwarnings(f"ignore:{message}")
     for message in (
         "`is_gradient_checkpointing` is deprecated",  # PEFT asks transformers for it
+        "Setting `save_embedding_layers`",
         "The following (rank|alpha)_pattern keys did not match",  # PEFT looks for parameters among the modules
     )
 ]
