@@ -192,7 +192,9 @@ BASES = {
         _latents,
         {"target_modules": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut"]},
     ),
-    "text_encoder": Base(_text_encoder, _tokens, {"target_modules": ["q_proj", "v_proj", "fc1", "fc2"]}),
+    "text_encoder": Base(
+        _text_encoder, _tokens, {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}
+    ),
 }
 
 
