@@ -344,7 +344,7 @@ def _report(
     if floored:
         notes.append(
             f"{floored} of the modules keep rank ≥ 1, because they can't be left out (DoRA, a bias, other weights of "
-            "their own, a format that counts modules); with DoRA the error is that of B·A, not of the normalised weight."
+            "their own, a format that counts modules); with DoRA the error is that of B·A, not of the weight."
         )
     if spectra.modules and spectra.energy == 0:
         notes.append("ΔW is zero in every module: is this adapter trained?")
