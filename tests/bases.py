@@ -212,13 +212,14 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
-def random_adapter(base: Base, folder: Path, *, seed: int = 0, **config: Any) -> Path:
+def random_adapter(base: Base, folder: Path, *, seed: int = 0, embeddings: bool | str = "auto", **config: Any) -> Path:
     """An adapter with decaying factors as PEFT saves it; some modules matter three hundred times as much as others.
 
     Args:
         base: what to adapt.
         folder: the folder to make.
         seed: of the factors.
+        embeddings: whether the base's weights of adapted embeddings are saved too; "auto", PEFT's default, does.
         config: for peft.LoraConfig; alpha/r is 1.5 unless given otherwise.
     """
     settings = {"r": RANK, "lora_alpha": 1.5 * RANK} | base.lora | config
@@ -236,7 +237,7 @@ def random_adapter(base: Base, folder: Path, *, seed: int = 0, **config: Any) ->
             decay = torch.logspace(0, -2, B.shape[1])
             shape = (-1, *[1] * (B.ndim - 2))
             B.normal_(0, B.shape[0] ** -0.5, generator=generator).mul_(gain * decay.reshape(shape))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=embeddings)
     return folder
 
 

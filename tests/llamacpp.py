@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "mixtral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma": gguf.MODEL_ARCH.GEMMA,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "phi3": gguf.MODEL_ARCH.PHI3,
@@ -42,6 +43,7 @@ MODELS = {
     "mixtral": BASES["mixtral"],
     "qwen2": Base(BASES["qwen2"].make, tokens, _WHOLE),
     "qwen3": Base(lambda: causal("Qwen3", head_dim=HEAD), tokens, _LLAMA),
+    "gemma": Base(lambda: causal("Gemma", head_dim=HEAD, tie_word_embeddings=True), tokens, _LLAMA),
     "gemma2": Base(lambda: causal("Gemma2", **_GEMMA), tokens, _LLAMA),
     "gemma3_text": Base(lambda: causal("Gemma3", "Gemma3Text", **_GEMMA), tokens, _LLAMA),
     "phi3": Base(
@@ -56,7 +58,7 @@ MODELS = {
     "gpt2": BASES["gpt2"],
 }
 # A GELU's fp16 rounding can fall the other way than ours.
-TOLERANCE = dict.fromkeys(("gpt2", "starcoder2", "gemma2", "gemma3_text"), 5e-4)
+TOLERANCE = dict.fromkeys(("gpt2", "starcoder2", "gemma", "gemma2", "gemma3_text"), 5e-4)
 PROMPTS = [token_ids(5, seed=0), token_ids(12, seed=1), token_ids(40, seed=2)]
 
 
@@ -72,7 +74,7 @@ def expected(model: nn.Module) -> Tensor:
     """[prompts, vocabulary]: the logits after each prompt, less their mean, as llama.cpp computes them."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child).__name__ in ("NewGELUActivation", "GELUTanh"):
+            if type(child).__name__ in ("NewGELUActivation", "GELUTanh", "PytorchGELUTanh"):
                 setattr(module, name, TabulatedGelu())
     rows = [logits(model, {"input_ids": torch.tensor([prompt])})[0, -1] for prompt in PROMPTS]
     return _centred(torch.stack(rows))
@@ -146,7 +148,7 @@ def stored(config: Any, key: str, tensor: Tensor) -> Tensor:
         return in_pairs(tensor, config.num_attention_heads)
     if kind in IN_PAIRS and "k_proj" in key:
         return in_pairs(tensor, config.num_key_value_heads)
-    if kind in ("gemma2", "gemma3_text") and key.endswith("norm.weight"):
+    if kind.startswith("gemma") and key.endswith("norm.weight"):
         return tensor + 1
     return tensor
 
