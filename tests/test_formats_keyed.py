@@ -134,7 +134,7 @@ def kohya() -> File:
     file.add("unet.down_blocks.0.attentions.0.proj_in", "lora_unet_down_blocks_0_attentions_0_proj_in", KOHYA,
              (12, 10, 1, 1), alpha=number(8, dtype=torch.float16), scale=2)  # fmt: skip
     file.add("unet.down_blocks.0.resnets.0.conv1", "lora_unet_down_blocks_0_resnets_0_conv1", KOHYA, (12, 10, 3, 3),
-             alpha=number(1), scale=1 / RANK, rank=6).modules["unet.down_blocks.0.resnets.0.conv1"].delta *= RANK / 6  # fmt: skip
+             alpha=number(1), scale=1 / 6, rank=6)  # fmt: skip
     name = "text_model.encoder.layers.0.self_attn.q_proj"
     file.add(f"text_encoder.{name}", f"lora_te_{name.replace('.', '_')}", KOHYA)  # no alpha: kohya takes the rank
     return file
@@ -268,7 +268,8 @@ def loralib() -> File:
 
 
 STYLES: tuple[Callable[[], File], ...] = (
-    kohya, kohya_bf16, tucker, onetrainer, diffusers_old, diffusers, diffusers_alike, diffusers_one_model, diffusers_metadata, comfyui, ai_toolkit, qwen,
+    kohya, kohya_bf16, tucker, onetrainer, comfyui, ai_toolkit, qwen,
+    diffusers_old, diffusers, diffusers_alike, diffusers_one_model, diffusers_metadata,
     peft_keys, peft_default, cloneofsimo, loralib,
 )  # fmt: skip
 

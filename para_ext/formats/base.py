@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import ParaError
+from ..naming import natural_key
 from .tensors import read_json
 
 _INDEX = "model.safetensors.index.json"
@@ -76,6 +78,32 @@ class BaseModel:
                 return dict.fromkeys(file.keys(), _WHOLE)
         except (SafetensorError, OSError) as e:
             raise ParaError(f"'{whole}' is not a whole safetensors file: download or save it again") from e
+
+    @cached_property
+    def renamed(self) -> Mapping[str, Sequence[tuple[str, str | None]]]:
+        """The shards' keys by the names that modules have in transformers, where that renames at load; else empty.
+
+        A key that is one of several that make up one parameter comes with the pattern that it matched.
+        """
+        try:
+            import torch
+            import transformers
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+            config = transformers.AutoConfig.from_pretrained(self.folder)
+            with torch.device("meta"):
+                model = getattr(transformers, config.architectures[0])(config)
+            rules = get_model_conversion_mapping(model)
+        except Exception:  # not installed, older, or no model of transformers: then the names are the keys
+            return {}
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        renamed: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+        for key in sorted(self.shards, key=natural_key):
+            name, pattern = rename_source_key(key, renamings, converters)
+            renamed[name].append((key, pattern))
+        return renamed
 
 
 def read_base(path: Path) -> BaseModel:

@@ -218,7 +218,7 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
     return KeyedAdapter(
         path=path,
         weights=weights,
-        slots=tuple(sorted(named.values(), key=lambda slot: natural_key(slot.name))),
+        slots=tuple(sorted(anchored(list(named.values())), key=lambda slot: natural_key(slot.name))),
         foreign=foreign,
         metadata=metadata,
         notes=tuple(notes),
@@ -226,6 +226,37 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
         alphas=alphas,
         settings=settings is not None,
     )
+
+
+def anchored(slots: Sequence[KeyedSlot], *, add: bool = False) -> list[KeyedSlot]:
+    """kohya's slots, of which one out_proj of each text encoder is never dropped.
+
+    diffusers (up to 0.42) takes the attention of a text encoder without one for its own first layout, and drops it.
+
+    Args:
+        add: where there is none, put a pair of zeros there.
+    """
+    anchors: dict[str, KeyedSlot] = {}
+    attention: dict[str, KeyedSlot] = {}
+    for slot in slots:
+        part = names.component(slot.name)
+        if part.startswith("text_encoder") and slot.style == KOHYA:
+            if slot.name.endswith(".self_attn.out_proj"):
+                anchors.setdefault(part, slot)
+            elif ".self_attn." in slot.name:
+                attention.setdefault(part, slot)
+    added = []
+    for part, slot in attention.items():
+        if part in anchors:
+            anchor = anchors[part]
+            anchors[part] = replace(anchor, members=anchor.changed(min_rank=1))
+        elif add:
+            ends = [re.sub(r"(?<=self_attn[._])[a-z]_proj$", "out_proj", text) for text in (slot.name, slot.stem)]
+            A, B = np.zeros((1, slot.A.shape[1]), slot.A.dtype), np.zeros((slot.A.shape[1], 1), slot.B.dtype)
+            members = (LoraFactors(ends[0], B, A, min_rank=1),)
+            added.append(replace(slot, name=ends[0], stem=ends[1], A=A, B=B, members=members))
+    kept = {slot.name: slot for slot in anchors.values()}
+    return [*(kept.get(slot.name, slot) for slot in slots), *added]
 
 
 def _pairs(tensors: Mapping[str, NDArray[Any]], file: Path) -> tuple[list[KeyedSlot], dict[str, NDArray[Any]]]:
@@ -362,7 +393,8 @@ def _settings(ranks: Mapping[str, int], old: str | None, longest: bool) -> dict[
     parts: dict[str, dict[str, int]] = defaultdict(dict)
     for name, rank in ranks.items():
         part, module = _placed(name, before)
-        parts[part][module] = rank
+        # transformers 5 has no text_model in these names, and PEFT finds the shorter ones in both.
+        parts[part][module.removeprefix("text_model.")] = rank
     settings: dict[str, Any] = {}
     for part, of_part in parts.items():
         config = {"target_modules": sorted(of_part), "exclude_modules": None, "layers_to_transform": None}

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,28 @@ from ..factors import LoraFactors
 from ..layout import FileLayout
 from .adapter import Adapter
 from .base import BaseModel
-from .output import write_safetensors
+from .output import check_out, write_safetensors
 from .peft import PREFIX, PeftAdapter, PeftSlot
 from .tensors import read_tensors
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
 _NEVER = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
+
+
+class Piece(NamedTuple):
+    """A tensor of the base, and what is added to it.
+
+    Attributes:
+        slot: the adapted module.
+        expert: which of its members; None for all.
+        rows: of that member's ΔW.
+        transposed: the tensor is ΔW's transpose.
+    """
+
+    slot: PeftSlot
+    expert: int | None = None
+    rows: slice = slice(None)
+    transposed: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,16 +50,19 @@ class MergedAdapter(Adapter[PeftSlot]):
 
     Attributes:
         base: the model.
-        keys: of each slot's weight in it, by the slot's name.
+        pieces: what is added, by key of the base.
         saved: tensors of modules_to_save, by the key that they replace.
-        transposed: names of slots whose weight is [in, out].
     """
 
     tensor_file: str = "*.safetensors"
     base: BaseModel
-    keys: Mapping[str, str]
+    pieces: Mapping[str, Piece]
     saved: Mapping[str, NDArray[Any]]
-    transposed: frozenset[str]
+
+    def check_out(self, out: Path, *, overwrite: bool) -> None:
+        """See :meth:`Adapter.check_out`."""
+        super().check_out(out, overwrite=overwrite)
+        check_out(out, overwrite=overwrite, source=self.base.folder)
 
     def layout(self, code: str | None = None, metadata: str = "") -> FileLayout | None:
         """See :meth:`Adapter.layout`: its size does not depend on the ranks."""
@@ -53,38 +72,18 @@ class MergedAdapter(Adapter[PeftSlot]):
         self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
     ) -> Sequence[str]:
         """See :meth:`Adapter.fill`."""
-        slots = {self.keys[slot.name]: slot for slot in self.slots}
         for file in sorted(set(self.base.shards.values())):
             tensors, header = read_tensors(self.base.folder / file)
             for key in tensors:
                 if key in self.saved:
                     tensors[key] = self.saved[key].astype(tensors[key].dtype)
-                elif key in slots:
-                    tensors[key] = self._merged(slots[key], tensors[key], factors)
+                elif key in self.pieces:
+                    tensors[key] = _merged(self.pieces[key], tensors[key], factors)
             write_safetensors(folder / file, tensors, {**header, "format": "pt", "para_ext": metadata})
         for path in sorted(self.base.folder.iterdir()):
             if path.is_file() and not path.is_symlink() and path.suffix not in _NEVER and path.name[0] != ".":
                 shutil.copyfile(path, folder / path.name)
         return [f"'{self.base.folder}' and the adapter in one: no runtime needs to know of LoRA."]
-
-    def _merged(self, slot: PeftSlot, weight: NDArray[Any], factors: Mapping[str, LoraFactors]) -> NDArray[Any]:
-        """weight + ΔW', in fp64 and rounded once."""
-        deltas = []
-        for member in slot.members:
-            new = factors.get(member.name)
-            if new is None or not new.rank:
-                deltas.append(np.zeros((member.m, member.n)))
-            else:
-                deltas.append((as_tensor(new.B).double() @ as_tensor(new.A).double()).numpy())
-        if slot.experts:
-            delta = np.stack([d if d.shape == weight.shape[1:] else d.T for d in deltas])
-        else:
-            delta = np.concatenate(deltas)
-            delta = delta.T if slot.embedding or slot.name in self.transposed else delta
-        merged: NDArray[Any] = (weight.astype(np.float64) + delta.reshape(weight.shape)).astype(weight.dtype)
-        if not np.isfinite(merged.astype(np.float64)).all():
-            raise ParaError(f"module '{slot.name}': merged, a weight exceeds the range of {dtype_name(weight.dtype)}")
-        return merged
 
 
 def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
@@ -106,26 +105,18 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
                 "base model of this adapter"
             )
         saved[name] = tensor
-    keys, transposed = {}, set()
+    flipped = bool(adapter.config.get("fan_in_fan_out"))
+    pieces: dict[str, Piece] = {}
     for slot in adapter.slots:
-        key = _key(slot.name if slot.experts else f"{slot.name}.weight", shapes)
-        if not key:
+        found = _pieces(slot, base, shapes, flipped)
+        if not found:
             raise ParaError(
-                f"module '{slot.name}' has no weight in '{base.folder}'; give the base model of this adapter (one"
-                " that shares the weight between input and output can't be merged with an adapter for the output)"
+                f"module '{slot.name}' has no weight in '{base.folder}' that its ΔW fits: give the base model of this "
+                "adapter, not quantized; for an output layer that shares its weight with the input there is none"
             )
-        fits, flipped = _fits(slot, shapes[key], bool(adapter.config.get("fan_in_fan_out")))
-        if not fits:
-            raise ParaError(
-                f"module '{slot.name}': ΔW is {slot.B.shape[0]}×{slot.members[0].n}, but '{key}' of '{base.folder}' is "
-                f"{list(shapes[key])}: give the base model of this adapter, not quantized"
-            )
-        keys[slot.name] = key
-        if flipped:
-            transposed.add(slot.name)
-    tied = base.config.get("tie_word_embeddings")
+        pieces |= found
     embedding = next((slot.name for slot in adapter.slots if slot.embedding), "")
-    if tied and embedding:
+    if base.config.get("tie_word_embeddings") and embedding:
         raise ParaError(
             f"module '{embedding}' shares its weight with the output layer of '{base.folder}', which the adapter "
             "leaves alone: it can't be merged; use --target peft"
@@ -136,10 +127,28 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
         slots=adapter.slots,
         notes=adapter.notes,
         base=base,
-        keys=keys,
+        pieces=pieces,
         saved=saved,
-        transposed=frozenset(transposed),
     )
+
+
+def _merged(piece: Piece, weight: NDArray[Any], factors: Mapping[str, LoraFactors]) -> NDArray[Any]:
+    """weight + ΔW', in fp64 and rounded once."""
+    slot = piece.slot
+    members = slot.members if piece.expert is None else slot.members[piece.expert : piece.expert + 1]
+    deltas = []
+    for member in members:
+        new = factors.get(member.name)
+        if new is None or not new.rank:
+            delta = np.zeros((member.m, member.n))
+        else:
+            delta = (as_tensor(new.B).double() @ as_tensor(new.A).double()).numpy()
+        deltas.append(delta[piece.rows].T if piece.transposed else delta[piece.rows])
+    delta = np.stack(deltas) if slot.experts else np.concatenate(deltas)
+    merged: NDArray[Any] = (weight.astype(np.float64) + delta.reshape(weight.shape)).astype(weight.dtype)
+    if not np.isfinite(merged.astype(np.float64)).all():
+        raise ParaError(f"module '{slot.name}': a weight exceeds the range of {dtype_name(weight.dtype)} when merged")
+    return merged
 
 
 def _shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
@@ -155,17 +164,54 @@ def _shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
 
 def _key(name: str, shapes: Mapping[str, Any]) -> str:
     """The base's key for a tensor's name: they may differ by a first part, which heads put before their model."""
-    candidates = [name, name.partition(".")[2], *(f"{prefix}.{name}" for prefix in ("model", "base_model"))]
+    candidates = [name, name.partition(".")[2], f"model.{name}"]
     return next((key for key in candidates if key in shapes), "")
 
 
-def _fits(slot: PeftSlot, shape: tuple[int, ...], fan_in_fan_out: bool) -> tuple[bool, bool]:
-    """Whether ΔW has the weight's shape, and whether transposed."""
+def _pieces(slot: PeftSlot, base: BaseModel, shapes: Mapping[str, tuple[int, ...]], flipped: bool) -> dict[str, Piece]:
+    """Where in the base the slot's ΔW goes; empty where nothing fits."""
+    name = slot.name if slot.experts else f"{slot.name}.weight"
+    if key := _key(name, shapes):
+        fits = _fits(slot, shapes[key], flipped)
+        return {} if fits is None else {key: Piece(slot, transposed=fits)}
+    sources = next((base.renamed[n] for n in (name, name.partition(".")[2], f"model.{name}") if n in base.renamed), [])
+    if len(sources) == 1:
+        key = sources[0][0]
+        fits = _fits(slot, shapes.get(key, ()), flipped)
+        return {} if fits is None else {key: Piece(slot, transposed=fits)}
+    return _of_experts(slot, sources, shapes)
+
+
+def _of_experts(
+    slot: PeftSlot, sources: Sequence[tuple[str, str | None]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Piece]:
+    """Experts that the base keeps one by one, gate and up apart: rows of each one's ΔW in the order of the patterns."""
+    patterns: dict[str | None, list[str]] = {}
+    for key, pattern in sources:
+        patterns.setdefault(pattern, []).append(key)
+    pieces: dict[str, Piece] = {}
+    start = 0
+    # transformers concatenates gate (w1) and up (w3) in this order, which is that of their names too.
+    for _, keys in sorted(patterns.items(), key=lambda item: str(item[0])):
+        shape = shapes.get(keys[0], ())
+        if len(keys) != len(slot.members) or len(shape) != 2 or any(shapes.get(key) != shape for key in keys):
+            return {}
+        rows = slice(start, start + shape[0])
+        pieces |= {key: Piece(slot, expert, rows) for expert, key in enumerate(keys)}
+        start += shape[0]
+    fits = slot.experts and start == slot.members[0].m and shape[1] == slot.members[0].n if pieces else False
+    return pieces if fits else {}
+
+
+def _fits(slot: PeftSlot, shape: tuple[int, ...], flipped: bool) -> bool | None:
+    """Whether the weight of this shape is ΔW's transpose; None where it is neither, or could be either."""
     out, rest = slot.B.shape[0], slot.A.shape[1:]
+    if slot.embedding:
+        return True if shape == (*rest, out) else None
     if slot.experts:
         m, n = slot.members[0].m, slot.members[0].n
-        return shape[1:] in ((m, n), (n, m)) and shape[0] == len(slot.members), shape[1:] == (n, m)
-    if slot.embedding:
-        return shape == (*rest, out), True
-    plain, flipped = shape == (out, *rest), shape == (*rest, out)
-    return (flipped, True) if fan_in_fan_out and flipped else (plain, False) if plain else (flipped, True)
+        either: dict[tuple[int, ...], bool] = {(len(slot.members), m, n): False, (len(slot.members), n, m): True}
+        return either.get(shape) if m != n else None
+    if flipped:
+        return True if shape == (*rest, out) else None
+    return False if shape == (out, *rest) else None

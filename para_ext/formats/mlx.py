@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..errors import ParaError
 from ..factors import LoraFactors, written_code
 from ..naming import natural_key
 from .adapter import Adapter, Slot
+from .base import BaseModel
 from .output import CONFIG, MLX, write_json, write_safetensors
 from .peft import PeftAdapter
 from .tensors import read_json, read_tensors, recognise, writable_code
@@ -111,33 +113,42 @@ def read_mlx(path: Path) -> MlxAdapter:
     return MlxAdapter(path=path, weights=weights, slots=tuple(slots), foreign=foreign, metadata=metadata, config=config)
 
 
-def for_mlx(adapter: PeftAdapter, layers: int | None) -> MlxAdapter:
-    """A PEFT adapter for mlx_lm, with every adapted leaf in every layer.
+def for_mlx(adapter: PeftAdapter, base: BaseModel | None) -> MlxAdapter:
+    """A PEFT adapter for mlx_lm; ``keys`` are whole paths, so that it wraps the adapted modules and no others.
 
     Args:
-        layers: how many the base model has; if None, up to the last one that is adapted.
+        base: the base model, if it is known.
 
     Raises:
         ParaError: it holds what mlx_lm can't load.
     """
-    from .servers import check_plain, uniform
+    from .servers import check_plain
 
     check_plain(adapter, "mlx")
-    adapter = uniform(adapter, layers=layers)
-    keys, found = set(), set()
+    slots, layers = [], [0]
     for slot in adapter.slots:
-        _, _, rest = slot.name.partition(".layers.")
-        layer, _, key = rest.partition(".")
-        if not key or not layer.isdecimal() or slot.embedding or slot.experts or slot.A.ndim > 2:
+        name = slot.name
+        if base is not None and base.kind == "gpt2":
+            name = re.sub(r"^transformer\.", "model.", name)
+        if (
+            (not name.startswith("model.") and name != "lm_head")
+            or slot.experts
+            or slot.A.ndim > 2
+            or slot.role == "tied"
+        ):
+            raise ParaError(f"module '{slot.name}' has no name that is known in MLX: use --target merged")
+        if slot.embedding and (base is None or base.config.get("tie_word_embeddings")):
             raise ParaError(
-                f"module '{slot.name}' is no linear layer of a numbered layer, which MLX needs: use --target peft"
+                f"module '{slot.name}' may share its weight with the output layer, which MLX would adapt too: give "
+                "a base model where it doesn't by --base, or use --target merged"
             )
-        keys.add(key)
-        found.add(int(layer))
+        layers += [int(number) + 1 for number in re.findall(r"\.(\d+)\.", name)[:1]]
+        slots.append(Slot(name=name, A=slot.A, B=slot.B, embedding=slot.embedding, members=slot.members))
     config = {
         "fine_tune_type": "lora",
-        "num_layers": layers or max(found) + 1,
-        "lora_parameters": {"rank": 0, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
+        "num_layers": base.layers if base else max(layers),
+        "lora_parameters": {"rank": 0, "scale": 1.0, "dropout": 0.0, "keys": [slot.name for slot in slots]},
     }
-    slots = tuple(Slot(name=slot.name, A=slot.A, B=slot.B, members=slot.members) for slot in adapter.slots)
-    return MlxAdapter(path=adapter.path, weights=adapter.weights, slots=slots, notes=adapter.notes, config=config)
+    return MlxAdapter(
+        path=adapter.path, weights=adapter.weights, slots=tuple(slots), notes=adapter.notes, config=config
+    )

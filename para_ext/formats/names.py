@@ -135,6 +135,8 @@ def kohya(name: str, *, several_encoders: bool) -> str:
         several_encoders: the pipeline has more than one text encoder, whose names are then numbered.
     """
     model, _, rest = name.partition(".")
+    if model.startswith("text_encoder") and rest.startswith("encoder.layers."):
+        rest = f"text_model.{rest}"  # as CLIP's are called in all kohya files
     flat = rest.replace(".", "_")
     if not model.startswith("text_encoder"):
         return f"lora_unet_{flat}"

@@ -167,11 +167,11 @@ def _goes_along(name: str) -> bool:
 def _check_apart(out: Path, source: Path) -> None:
     to, origin = out.resolve(), source.resolve()
     if to == origin:
-        raise ParaError(f"'{out}' is the adapter itself: give another folder for the result")
+        raise ParaError(f"'{out}' is what is read: give another name for the result")
     if to.is_relative_to(origin):
-        raise ParaError(f"'{out}' lies inside the adapter '{source}': give a folder outside it for the result")
+        raise ParaError(f"'{out}' lies inside '{source}', which is read: give a name outside it for the result")
     if origin.is_relative_to(to):
-        raise ParaError(f"'{out}' holds the adapter '{source}': give another folder for the result")
+        raise ParaError(f"'{out}' holds '{source}', which is read: give another name for the result")
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:

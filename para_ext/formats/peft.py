@@ -43,6 +43,8 @@ _KEY = re.compile(
 # The order in which models register the parameters of their experts; PEFT nests the wrappers in that order.
 _REGISTERED = ("gate_up_proj", "down_proj")
 
+_EXPERT = re.compile(r"\.experts\.\d+\.(w[123]|(gate|up|down)_proj)$")
+
 _UNCONVERTED = ("pissa", "olora", "corda", "lora_ga")
 _NOT_PLAIN = {
     "use_bdlora": "BD-LoRA",
@@ -138,10 +140,11 @@ class PeftAdapter(Adapter[PeftSlot]):
         Args:
             others: module names of the base model, as far as they are known.
         """
-        slots = zip(self.slots, self.ranks(ranks), strict=True)
+        of_slots = list(zip(self.slots, self.ranks(ranks), strict=True))
         return unit_scale_config(
             self.config,
-            {slot.name: slot.rank(rank) for slot, rank in slots if slot.role != "inner"},
+            {slot.name: slot.rank(rank) for slot, rank in of_slots if slot.role != "inner"},
+            default=next((slot.rank(rank) for slot, rank in of_slots if _EXPERT.search(slot.name)), None),
             others=others,
             parameters=[slot.name for slot in self.slots if slot.role == "parameter"],
             tied=[slot.name for slot in self.slots if slot.role == "tied"],
@@ -182,7 +185,7 @@ def read_peft(path: Path, weights: Path | None = None) -> PeftAdapter:
     if not pairs:
         raise ParaError(f"'{weights}' holds {recognise(tensors)} tensors but no LoRA pair: give a LoRA adapter")
     slots = _tie(_members(_bare_slots(pairs, config), config), config)
-    slots = sorted(_floor(slots, config, foreign), key=_natural)
+    slots = sorted(_floor(_share(slots), config, foreign), key=_natural)
     return PeftAdapter(
         path=path, weights=weights, config=config, slots=tuple(slots), foreign=foreign, metadata=metadata
     )
@@ -464,6 +467,18 @@ def _tie(slots: list[PeftSlot], config: Mapping[str, Any]) -> list[PeftSlot]:
         together[embedding.name] = replace(embedding, members=embedding.changed(group=embedding.name))
         slots = [together.get(slot.name, slot) for slot in slots]
     return slots
+
+
+def _share(slots: Sequence[PeftSlot]) -> list[PeftSlot]:
+    """One rank, 1 at least, for the experts of a mixture that are adapted one by one.
+
+    Their weights are one parameter in newer models, and readers stack the factors: transformers 5 takes the rank from
+    ``r``, vLLM wants every expert there.
+    """
+    return [
+        replace(slot, members=slot.changed(group="experts", min_rank=1)) if _EXPERT.search(slot.name) else slot
+        for slot in slots
+    ]
 
 
 def _transposed(slot: PeftSlot, embedding: PeftSlot) -> bool:

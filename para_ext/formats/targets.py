@@ -12,7 +12,7 @@ from ..naming import module_type
 from . import names
 from .adapter import Adapter, Slot
 from .base import BaseModel, read_base
-from .keyed import KOHYA, PEFT_KEYS, KeyedAdapter, KeyedSlot
+from .keyed import KOHYA, PEFT_KEYS, KeyedAdapter, KeyedSlot, anchored
 from .output import DIFFUSERS, SINGLE
 from .peft import PREFIX, PeftAdapter, PeftSlot
 
@@ -137,7 +137,7 @@ def _kohya(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
         KeyedSlot(**_plain(slot), name=name, stem=names.kohya(name, several_encoders=several), style=KOHYA)
         for slot, name in pipeline
     ]
-    return _single(adapter, slots, alphas=True, settings=False)
+    return _single(adapter, anchored(slots, add=True), alphas=True, settings=False)
 
 
 def _gguf(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
@@ -151,7 +151,7 @@ def _mlx(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
 
     if isinstance(adapter, MlxAdapter):
         return adapter
-    return for_mlx(as_peft(adapter, "mlx"), wish.model("mlx").layers if wish.base else None)
+    return for_mlx(as_peft(adapter, "mlx"), wish.model("mlx") if wish.base else None)
 
 
 def _merged(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
