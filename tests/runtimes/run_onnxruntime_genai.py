@@ -13,29 +13,17 @@ import onnxruntime_genai as og
 
 
 def build(base, adapter, out):
-    command = [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-i",
-        base,
-        "-o",
-        out,
-        "-p",
-        "fp32",
-        "-e",
-        "cpu",
-    ]
-    command += ["-c", f"{out}-cache"]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    command += ["-i", base, "-o", out, "-c", f"{out}/cache"]
     if adapter:
         command += ["--extra_options", f"adapter_path={adapter}"]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def logits(folder, prompt):
-    params = og.GeneratorParams(og.Model(folder))
+def logits(model, prompt):
+    params = og.GeneratorParams(model)
     params.set_search_options(max_length=64)
-    generator = og.Generator(og.Model(folder), params)
+    generator = og.Generator(model, params)
     generator.append_tokens([prompt])
     return generator.get_output("logits")[0].tolist()
 
@@ -47,10 +35,10 @@ def main(base, prompts, answers, *adapters):
         with tempfile.TemporaryDirectory() as folder:
             built = build(base, adapter, folder)
             if built.returncode:
-                found[adapter] = {"error": built.stderr.strip().splitlines()[-1]}
-                print(built.stderr)
-            else:
-                found[adapter] = [logits(folder, prompt) for prompt in prompts]
+                found[adapter] = {"error": built.stderr[-2000:]}
+                continue
+            model = og.Model(folder)
+            found[adapter] = [logits(model, prompt) for prompt in prompts]
     Path(answers).write_text(json.dumps(found))
 
 

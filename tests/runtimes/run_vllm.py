@@ -1,4 +1,4 @@
-"""Log-probabilities of every next token, by vLLM: run_vllm.py BASE PROMPTS.json ANSWERS.json [ADAPTER ...]"""
+"""Log-probabilities by vLLM: run_vllm.py BASE PROMPTS.json ANSWERS.json [ADAPTER ...]"""
 
 import json
 import os
@@ -39,8 +39,8 @@ def main(base, prompts, answers, *adapters):
             outputs = llm.generate(beginnings, params, lora_request=request)
         except ValueError as error:
             return {"error": str(error)}
-        found = iter([o.outputs[0].logprobs[0] for o in outputs])
-        return [[[d[token].logprob for token in range(len(d))] for _, d in zip(p, found)] for p in prompts]
+        found = ([d[token].logprob for token in range(len(d))] for o in outputs for d in o.outputs[0].logprobs)
+        return [[next(found) for _ in p] for p in prompts]
 
     found = {adapter: answer(adapter, number) for number, adapter in enumerate(["", *adapters])}
     Path(answers).write_text(json.dumps(found))
