@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compress import compress_adapter as compress_adapter
     from .compress import compress_model as compress_model
+    from .compress import convert_adapter as convert_adapter
     from .compress import decompose as decompose
     from .compress import verify as verify
     from .decomposition import Decomposition as Decomposition
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "compress_adapter": "compress",
     "compress_model": "compress",
+    "convert_adapter": "compress",
     "decompose": "compress",
     "verify": "compress",
     "Decomposition": "decomposition",

@@ -41,6 +41,13 @@ _BACKEND = click.option(
     type=click.Choice(["cpu", "cuda", "torch"]),
     help="Native core, CUDA kernels or plain PyTorch; by default the native one where the factors are.",
 )
+TARGETS = ["peft", "vllm", "uniform", "gguf", "trtllm", "mlx", "diffusers", "kohya", "merged"]
+_TARGET = click.option(
+    "--target", type=click.Choice(TARGETS), help="Who will read OUT; by default whoever reads ADAPTER's format."
+)
+_BASE = click.option(
+    "--base", type=click.Path(path_type=Path), metavar="MODEL", help="The base model's folder, for gguf and merged."
+)
 _DTYPES = ["same", "fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
 
 
@@ -126,7 +133,8 @@ def inspect(adapter: Path, plot: Path | None, backend: str | None, threads: int 
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @_budget_options
-@click.option("--target", type=click.Choice(["peft"]), default="peft", help="The layout to write.  [peft]")
+@_TARGET
+@_BASE
 @click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [same]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to work.  [auto]")
 @click.option("--dry-run", is_flag=True, help="Plan and report; write no adapter.")
@@ -145,7 +153,7 @@ def compress(
     allowed_ranks: str | None,
     **options: Any,
 ) -> None:
-    """Compress ADAPTER, a PEFT folder, into the new folder OUT.
+    """Compress ADAPTER, a folder or file, into the new folder or file OUT.
 
     At most one budget of --energy, --keep, --params, --size, --total-rank, --threshold, --rank. Several --keep values
     make OUT/keep-0.25, OUT/keep-0.1 … from one decomposition.
@@ -177,6 +185,31 @@ def compress(
 
     for r in reports:
         report_table(r)
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(TARGETS), required=True, help="Who will read OUT.")
+@_BASE
+@click.option("--uniform", type=click.Choice(["all", "type"]), help="For the target uniform: by type only LoRAX, TGI.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [same]")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
+@_THREADS
+@_JSON
+def convert(adapter: Path, out: Path, dtype: str, as_json: bool, **options: Any) -> None:
+    """Write ADAPTER for another reader, without truncation."""
+    with _progress(as_json) as say:
+        say("starting")
+        from .compress import convert_adapter
+
+        report = convert_adapter(adapter, out, dtype=None if dtype == "same" else dtype, progress=say, **options)
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    from .tables import report_table
+
+    report_table(report)
 
 
 @cli.command()

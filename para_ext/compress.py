@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,12 @@ from . import __version__
 from .arrays import as_tensor, checked_dtype
 from .backends import Truncated
 from .decomposition import Decomposition, checked_threads, cuda_backend
-from .errors import ParaError
+from .errors import ParaError, shown
 from .factors import LoraFactors
-from .formats import PeftAdapter, read_adapter
-from .plan import Plan
-from .report import GOOD_ENERGY, LOW_ENERGY, Report, megabytes, module_reports, undecided_components
+from .formats import Adapter, Wish, housed, read_adapter
+from .formats.names import matched
+from .plan import DEFAULT_ENERGY, Plan
+from .report import GOOD_ENERGY, LOW_ENERGY, Report, megabytes, module_reports, percent, undecided_components
 from .spectra import Spectra
 from .verification import Verification, compare
 
@@ -34,6 +35,8 @@ Progress = Callable[[str], None]
 # The text that the safetensors header gets takes this many bytes there, so that `size` budgets can count it beforehand.
 _HEADER_TEXT = 512
 
+_DEFAULTS = {"score": "auto", "min_rank": 0, "multiple_of": 1}
+
 
 def decompose(
     source: Source,
@@ -46,7 +49,7 @@ def decompose(
     """Decompose every module's ΔW = scale·B·A, without forming it.
 
     Args:
-        source: an adapter folder, a live model with LoRA layers, or LoraFactors.
+        source: an adapter's folder or file, a live model with LoRA layers, or LoraFactors.
         adapter_name: of a live model's adapters; the active one if None.
         backend: "cpu" or "cuda" (native, where the factors are) or "torch"; the fastest that is installed and takes the
             factors if None.
@@ -131,7 +134,8 @@ def compress_adapter(
     source: str | Path,
     out: str | Path,
     *,
-    target: str = "peft",
+    target: str | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -142,13 +146,18 @@ def compress_adapter(
     keep: float | str | list[float | str] | None = None,
     **budget: Any,
 ) -> Report | list[Report]:
-    """Compress an adapter folder into another one.
+    """Compress an adapter into another one.
 
     Args:
-        source: a PEFT adapter folder; it is never changed.
-        out: the folder to make; it is there whole or not at all. With several ``keep`` values, the folder for one
-            folder each: ``out/keep-0.25`` and so on.
-        target: the layout to write; "peft" has all scaling folded in (``lora_alpha == r``).
+        source: an adapter's folder or file, recognised by what is in it: PEFT, kohya, diffusers, ComfyUI, cloneofsimo,
+            loralib, MLX. It is never changed.
+        out: the folder to make, or for formats of a single file that file (``small.safetensors``, ``small.gguf``); it
+            is there whole or not at all. With several ``keep`` values, the folder for one folder each:
+            ``out/keep-0.25`` and so on.
+        target: who will read it: "peft", "vllm", "uniform", "gguf", "trtllm", "mlx", "diffusers", "kohya" or "merged";
+            None keeps the source's own format. All have the scaling folded in, each as its readers apply it.
+        base: the base model's folder, which "gguf" and "merged" need; "uniform" and "mlx" learn from it how many
+            layers there are.
         dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
         overwrite: replace an adapter that is at ``out``.
         dry_run: plan and report, write nothing; errors in the report are then the predicted ones.
@@ -156,7 +165,7 @@ def compress_adapter(
         progress: called with a few words when a stage starts.
         keep: the budget of that name, or several: one decomposition serves all.
         **budget: another budget, score and shaping, as for :func:`compress_model`, and ``size="32MiB"``: bytes of the
-            written tensor file.
+            written safetensors file.
 
     Returns:
         A Report, or a list of them where ``keep`` is a list.
@@ -164,44 +173,120 @@ def compress_adapter(
     Raises:
         ParaError: refused, naming what and why; nothing was written (of several outputs, none after the failing one).
     """
-    start = time.perf_counter()
-    say = progress or (lambda _: None)
-    source, out, code = Path(source), Path(out), checked_dtype(dtype)
-    if target != "peft":
-        raise ParaError(f"target '{target}' is unknown; use peft")
     several = isinstance(keep, list)
     keeps = keep if isinstance(keep, list) else [keep]
     if not keeps:
         raise ParaError("keep is an empty list; give at least one fraction such as 0.25")
 
+    def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[Plan]:
+        shaped = _shaped(budget, adapter.shaping, keeps)
+        return [spectra.plan(**(shaped if k is None else {**shaped, "keep": k})) for k in keeps]
+
+    reports = _rewrite(
+        Path(source), Path(out), plans, several=several, target=target, base=base, uniform=budget.get("uniform"),
+        dtype=dtype, overwrite=overwrite, dry_run=dry_run, backend=backend, device=device, threads=threads,
+        progress=progress,
+    )  # fmt: skip
+    return reports if several else reports[0]
+
+
+def convert_adapter(
+    source: str | Path,
+    out: str | Path,
+    target: str,
+    *,
+    base: str | Path | None = None,
+    uniform: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Write an adapter for another reader, without truncation: no rank falls, and zeros fill up where ranks must agree.
+
+    Args:
+        source, out, target, base, dtype, overwrite, threads, progress: as for :func:`compress_adapter`.
+        uniform: for the target "uniform", "all" or "type".
+
+    Raises:
+        ParaError: refused, naming what and why; nothing was written.
+    """
+
+    def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[Plan]:
+        return [spectra.plan(**(adapter.shaping or {"keep": 1.0}))]
+
+    return _rewrite(
+        Path(source), Path(out), plans, several=False, target=target, base=base, uniform=uniform, dtype=dtype,
+        overwrite=overwrite, threads=threads, progress=progress,
+    )[0]  # fmt: skip
+
+
+def _rewrite(
+    source: Path,
+    out: Path,
+    plans_of: Callable[[Spectra, Adapter[Any]], list[Plan]],
+    *,
+    several: bool,
+    target: str | None,
+    base: str | Path | None,
+    uniform: str | None,
+    dtype: torch.dtype | str | None,
+    overwrite: bool,
+    dry_run: bool = False,
+    backend: str | None = None,
+    device: str = "auto",
+    threads: int | None,
+    progress: Progress | None,
+) -> list[Report]:
+    """Read, decompose, plan as ``plans_of`` says, truncate and write each plan."""
+    start = time.perf_counter()
+    say = progress or (lambda _: None)
+    code = checked_dtype(dtype)
+
     say("reading")
-    adapter = read_adapter(source)
+    adapter = housed(read_adapter(source), target, Wish(uniform, None if base is None else Path(base)))
+    if several and adapter.as_file(out):
+        raise ParaError(f"'{out}' is one file, but several keep values make several: give a folder")
     with ThreadPoolExecutor(1) as hasher:  # hashlib releases the GIL, so reading the file twice overlaps with work
         digest = hasher.submit(_sha256, adapter.weights)
         say(f"decomposing {len(adapter.factors)} modules")
         decomposition = Decomposition(_moved(adapter.factors, device, backend), backend, threads)
         layout = adapter.layout(code, " " * _HEADER_TEXT)
         spectra = Spectra(decomposition.spectra.modules, layout)
-        plans = [spectra.plan(**(budget if k is None else {**budget, "keep": k})) for k in keeps]
+        plans = plans_of(spectra, adapter)
         outs = [out / f"keep-{plan.value:g}" if several else out for plan in plans]
-        for i, folder in enumerate(outs):
+        for i, (folder, plan) in enumerate(zip(outs, plans, strict=True)):
             if folder in outs[:i]:
                 raise ParaError(f"two keep values both make '{folder}'; give each once")
+            adapter.check_ranks(plan.ranks)
             if not dry_run:
                 adapter.check_out(folder, overwrite=overwrite)
         reports = []
         for plan, folder in zip(plans, outs, strict=True):
-            if dry_run:
-                report = _report(decomposition, plan, None, source=str(source), start=start)
-                reports.append(_with_sizes(report, adapter, layout.bytes(plan.ranks)))
-                continue
-            say("truncating" if not several else f"truncating to {plan.value:g}")
-            new = decomposition.truncate_certified(plan, code)
+            new = None
+            if not dry_run:
+                say("truncating" if not several else f"truncating to {plan.value:g}")
+                new = decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks))
             report = _report(decomposition, plan, new, source=str(source), start=start)
-            report = replace(_with_sizes(report, adapter, layout.bytes(plan.ranks)), output=str(folder))
-            say(f"writing {folder}")
-            reports.append(_write(adapter, decomposition, new, folder, report, digest, code, overwrite))
-    return reports if several else reports[0]
+            report = _with_sizes(report, adapter, layout.bytes(plan.ranks) if layout else None)
+            report = replace(report, target=target, notes=(*adapter.notes, *report.notes))
+            if new is not None:
+                say(f"writing {folder}")
+                report = replace(report, output=str(folder))
+                report = _write(adapter, decomposition, new, folder, report, digest, code, overwrite)
+            reports.append(report)
+    return reports
+
+
+def _shaped(budget: dict[str, Any], shaping: Mapping[str, Any], keeps: list[Any]) -> dict[str, Any]:
+    """The budget with what the target needs of every plan."""
+    given = {name for name, value in budget.items() if value is not None and value != _DEFAULTS.get(name)}
+    if shaping and not given - {"score"} and keeps == [None]:
+        budget = {**budget, "energy": DEFAULT_ENERGY}  # shaping alone, which the user did not ask for, would keep all
+    wanted = {name: budget[name] for name in given & shaping.keys()}
+    if "uniform" in wanted and wanted["uniform"] != shaping["uniform"]:
+        raise ParaError(f"uniform={shown(wanted['uniform'])} is not what this target needs: leave it out")
+    return {**budget, **shaping, **wanted}
 
 
 def verify(
@@ -212,15 +297,17 @@ def verify(
 ) -> Verification:
     """Measure ‖ΔW − ΔW'‖_F between two adapters of one base, module by module, on the tensors as they are stored.
 
-    Only the factors are compared: not heads, biases, or DoRA's magnitudes.
+    Formats, ranks and scalings may differ. Only the factors are compared: not heads, biases, or DoRA's magnitudes.
 
     Raises:
         ParaError: one cannot be read, or they are not of the same base.
     """
-    pair = [
+    left, right = (
         tuple(read_adapter(Path(x)).factors) if isinstance(x, str | Path) else tuple(x) for x in (adapter, compressed)
-    ]
-    return compare(pair[0], pair[1], checked_threads(threads))
+    )
+    named = matched([f.name for f in left], [f.name for f in right])
+    right = tuple(replace(f, name=named[f.name]) for f in right)
+    return compare(left, right, checked_threads(threads))
 
 
 def _is_model(source: object) -> TypeGuard[nn.Module]:
@@ -252,16 +339,22 @@ def _report(
     floored = sum(f.min_rank > 0 for f in decomposition.factors)
     if floored:
         notes.append(
-            f"{floored} modules keep rank ≥ 1: without them more than ΔW would go (DoRA, a bias, other weights of "
-            "their own); with DoRA the error is that of B·A, not of the normalised weight."
+            f"{floored} modules keep rank ≥ 1, because they can't be left out (DoRA, a bias, other weights of their "
+            "own, a format that numbers modules); with DoRA the error is that of B·A, not of the normalised weight."
         )
     if spectra.modules and spectra.energy == 0:
         notes.append("ΔW is zero in every module: is this adapter trained?")
     if plan.energy < LOW_ENERGY:
         notes.append(f"Energy kept is below {LOW_ENERGY:.0%}; {_better(spectra, plan)}.")
+    if plan.shaping.get("uniform"):
+        free = spectra.plan(params=plan.parameters_after)
+        notes.append(
+            f"Without one rank for all, as many parameters would keep {percent(free.energy)} of the energy, not "
+            f"{percent(plan.energy)}."
+        )
     if plan.budget is None:
         notes.append("No budget was given, so everything that the shaping allows is kept; energy=0.95 is a good one.")
-    elif plan.unshaped_energy is not None and plan.unshaped_energy > plan.energy:
+    elif not plan.shaping.get("uniform") and plan.unshaped_energy is not None and plan.unshaped_energy > plan.energy:
         notes.append(f"Without shaping the same budget would keep {plan.unshaped_energy:.2%} of the energy.")
     undecided = undecided_components(spectra, plan, decomposition.betas)
     if undecided:
@@ -294,16 +387,16 @@ def _better(spectra: Spectra, plan: Plan) -> str:
     return f"--keep {fraction:g} would give {GOOD_ENERGY:.0%}"
 
 
-def _with_sizes(report: Report, adapter: PeftAdapter, size: int) -> Report:
+def _with_sizes(report: Report, adapter: Adapter[Any], size: int | None) -> Report:
     foreign = sum(t.nbytes for t in adapter.foreign.values())
     notes = report.notes
-    if foreign > size / 2:
+    if size is not None and foreign > size / 2:
         notes += (f"{megabytes(foreign)} of the file are not LoRA factors (heads and the like) and stay as they are.",)
     return replace(report, bytes_before=adapter.weights.stat().st_size, bytes_after=size, notes=notes)
 
 
 def _write(
-    adapter: PeftAdapter,
+    adapter: Adapter[Any],
     decomposition: Decomposition,
     new: Sequence[Truncated],
     folder: Path,
@@ -330,9 +423,7 @@ def _write(
     notes = report.notes
     if written.left_out:
         notes += (f"Not copied: {', '.join(written.left_out)}.",)
-    if written.oldest_peft:
-        notes += (f"The ranks are written as patterns that need PEFT ≥ {written.oldest_peft}.",)
-    return replace(report, bytes_after=written.size, notes=notes)
+    return replace(report, bytes_after=written.size, notes=(*notes, *written.notes))
 
 
 def _sha256(path: Path) -> str:

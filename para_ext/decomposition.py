@@ -7,15 +7,29 @@ import importlib
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import NUMPY, Array, as_tensor, checked_dtype, code_of, default_threads, device_of, dtype_name, torch_dtype
+from .arrays import (
+    NUMPY,
+    Array,
+    as_numpy,
+    as_tensor,
+    checked_dtype,
+    code_of,
+    default_threads,
+    device_of,
+    dtype_name,
+    torch_dtype,
+)
 from .backends import Backend, Truncated
 from .errors import ParaError, shown
 from .factors import LoraFactors, as_tensors, check_factors, written_code
+from .gain import amplified
 from .layout import LARGEST
 from .plan import Plan
 from .pool import map_single_threaded
@@ -72,16 +86,21 @@ class Decomposition:
         return [LoraFactors(f.name, t.B, t.A, 1.0, f.group, f.min_rank) for f, t in zip(self.factors, new, strict=True)]
 
     def truncate_certified(
-        self, plan: Plan | Mapping[str, int], dtype: torch.dtype | str | None = None
+        self,
+        plan: Plan | Mapping[str, int],
+        dtype: torch.dtype | str | None = None,
+        gains: Mapping[str, float] | None = None,
     ) -> list[Truncated]:
         """The best approximation of every ΔW at the plan's rank, with its error bound, in the order of ``factors``.
 
-        A module whose rank does not change keeps A bit for bit, and B becomes scale·B rounded once. Others are
-        balanced: √σ on both sides. Rank 0 gives B [m, 0] and A [0, n].
+        A module whose rank does not change keeps A bit for bit, and B becomes scale·B rounded once; one that is given
+        a larger rank is filled up with zeros. Others are balanced: √σ on both sides. Rank 0 gives B [m, 0], A [0, n].
 
         Args:
             plan: a Plan, or a rank for every module's name.
             dtype: of the new factors; each module's own if None (the wider one where A's and B's differ).
+            gains: by name, how much larger B' is to be, for readers that divide by it again: ΔW' = B'A'/gain; 1 if
+                absent.
 
         Raises:
             ParaError: naming the module, if a value overflows ``dtype`` or too much of it is lost to subnormals.
@@ -91,27 +110,44 @@ class Decomposition:
         if code == "F64" and set(self.backends) != {"torch"}:
             raise ParaError("the native core does not write float64; decompose with backend='torch' for that")
         results: list[Truncated | None] = [None] * len(self.factors)
-        unchanged = [i for i, f in enumerate(self.factors) if ranks[i] == f.rank]
+        gain = [(gains or {}).get(f.name, 1.0) for f in self.factors]
+        unchanged = [i for i, f in enumerate(self.factors) if ranks[i] >= f.rank]
         for i in unchanged:
-            results[i] = _fold_exactly(self.factors[i], code)
+            results[i] = _fold_exactly(self.factors[i], code, gain[i])
         inexact = [i for i in unchanged if results[i] is None]
 
         def copy(i: int) -> Truncated:
-            return _fold_scale(self.factors[i], code)
+            return _fold_scale(self.factors[i], code, gain[i])
 
         for i, copied in zip(inexact, map_single_threaded(copy, inexact, self.threads), strict=True):
             results[i] = copied
+        for i in unchanged:
+            results[i] = _filled(results[i], ranks[i])
+        written = [written_code(f.A, f.B, code) for f in self.factors]
         for stages, members, cores in self._parts:
             # Unchanged modules go through as rank 0: the stage indexes its cores by position.
             part_ranks = [0 if results[i] is not None else ranks[i] for i in members]
             part = [self.factors[i] for i in members]
-            codes = [written_code(f.A, f.B, code) for f in part]
+            # What is multiplied by a gain is rounded to 16 bits after it, and only then.
+            codes = [written[i] if gain[i] == 1 or written[i] == "F64" else "F32" for i in members]
             for i, new in zip(members, stages.truncate(part, cores, part_ranks, codes, self.threads), strict=True):
                 if results[i] is None:
                     results[i] = new
+        amplify = [
+            (i, new) for i, new in enumerate(results) if new and gain[i] != 1 and 0 < ranks[i] < self.factors[i].rank
+        ]
+
+        def enlarge(work: tuple[int, Truncated]) -> Truncated:
+            i, new = work
+            return amplified(self.factors[i], new, gain[i], written[i])
+
+        if amplify:
+            with ThreadPoolExecutor(self.threads) as workers:  # of numpy's work only, which needs no PyTorch
+                for (i, _), new in zip(amplify, workers.map(enlarge, amplify), strict=True):
+                    results[i] = new
         new_factors = [result for result in results if result is not None]
         for i, new in enumerate(new_factors):
-            self._check_rounding(i, new, copied=ranks[i] == self.factors[i].rank)
+            self._check_rounding(i, new, copied=ranks[i] >= self.factors[i].rank or gain[i] != 1)
         return new_factors
 
     def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
@@ -244,12 +280,22 @@ def _warn_without_native() -> None:
     )
 
 
-def _fold_exactly(f: LoraFactors, code: str | None) -> Truncated | None:
-    """A as it is and scale·B, of numpy arrays where nothing is rounded; otherwise None."""
+def _filled(new: Truncated | None, rank: int) -> Truncated:
+    """The same with columns and rows of zeros up to this rank."""
+    assert new is not None
+    missing = rank - new.A.shape[0]
+    if missing == 0:
+        return new
+    B, A = as_numpy(new.B), as_numpy(new.A)
+    return replace(new, B=np.pad(B, ((0, 0), (0, missing))), A=np.pad(A, ((0, missing), (0, 0))))
+
+
+def _fold_exactly(f: LoraFactors, code: str | None, gain: float) -> Truncated | None:
+    """A as it is and gain·scale·B, of numpy arrays where nothing is rounded; otherwise None."""
     if not (isinstance(f.A, np.ndarray) and isinstance(f.B, np.ndarray)):
         return None
-    scale = float(f.scale)
-    if abs(math.frexp(scale)[0]) != 0.5:
+    scale = float(f.scale) * gain
+    if abs(math.frexp(scale)[0]) != 0.5 or abs(math.frexp(f.scale)[0]) != 0.5:
         return None
     dtype = NUMPY[written_code(f.A, f.B, code)]
     with np.errstate(all="ignore"):
@@ -259,24 +305,25 @@ def _fold_exactly(f: LoraFactors, code: str | None) -> Truncated | None:
     return Truncated(B, A, 0.0, 0.0, 0.0) if exact else None
 
 
-def _fold_scale(f: LoraFactors, code: str | None) -> Truncated:
-    """A as it is and scale·B: the rank does not change, so nothing is gained by touching more bits than that."""
+def _fold_scale(f: LoraFactors, code: str | None, gain: float) -> Truncated:
+    """A as it is and gain·scale·B: the rank does not fall, so nothing is gained by touching more bits than that."""
     import torch
 
     from .certificate import difference
 
     dtype = torch_dtype(written_code(f.A, f.B, code))
     old_B, old_A = as_tensor(f.B), as_tensor(f.A)
-    scaled = old_B.to(torch.float64) * float(f.scale)
+    scale = float(f.scale) * gain
+    scaled = old_B.to(torch.float64) * scale
     B = scaled.to(dtype).contiguous()
     A = old_A.to(dtype, copy=True).contiguous()
     rounding_B = torch.linalg.vector_norm(B.to(torch.float64) - scaled).item()
     rounding_A = torch.linalg.vector_norm(A.to(torch.float64) - old_A.to(torch.float64)).item()
-    power_of_two = abs(math.frexp(f.scale)[0]) == 0.5
+    power_of_two = abs(math.frexp(f.scale)[0]) == abs(math.frexp(gain)[0]) == 0.5
     if rounding_A == rounding_B == 0 and power_of_two:
         error = 0.0
     elif math.isfinite(rounding_A) and math.isfinite(rounding_B):
-        error = difference(old_B, old_A, f.scale, B, A)
+        error = difference(old_B, old_A, scale, B, A) / gain
     else:
         error = math.inf
     return Truncated(B, A, error, *(x if math.isfinite(x) else math.inf for x in (rounding_B, rounding_A)))

@@ -118,7 +118,8 @@ def plan(
         max_rank: at most this rank.
         multiple_of: ranks are multiples of this.
         allowed_ranks: ranks are among these, or 0.
-        uniform: "all" gives every module one rank, "type" every module of one type.
+        uniform: "all" gives every module one rank, "type" every module of one type; with ``allowed_ranks``, zeros fill
+            a module up to the first of them that holds all it has.
 
     Raises:
         ParaError: for a budget that nothing fits, naming the smallest that something fits; for arguments out of range.
@@ -219,6 +220,10 @@ class _Shaping:
         """How many ranks above 0 a cell with so many components may take."""
         most = available if self.max_rank is None else min(available, self.max_rank)
         return most // self.multiple_of if self.allowed_ranks is None else bisect_right(self.allowed, most)
+
+    def first_above(self, available: int) -> int:
+        """The first allowed rank that holds so many components; so many where none does."""
+        return next((k for k in self.allowed if k >= available), available)
 
     def ranks(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """The ranks with these numbers, ascending from number 0."""
@@ -359,6 +364,14 @@ class _Blocks:
             ParaError: a cell may take no rank at all.
         """
         components = [cell.components(spectra.squares) for cell in cells]
+        sigmas = [spectra.columns[c.name] if c.size == 1 else g for c, g in zip(cells, components, strict=True)]
+        if shaping.uniform is not None and shaping.allowed_ranks is not None:
+            # Readers that want one of these ranks are given zeros: up to the first that holds everything.
+            zeros = [shaping.first_above(len(gains)) - len(gains) for gains in components]
+            components, sigmas = (
+                [np.pad(values, (0, more)) for values, more in zip(columns, zeros, strict=True)]
+                for columns in (components, sigmas)
+            )
         available = [len(gains) for gains in components]
         counts = [shaping.count(n) for n in available]
         for tied, count, n in zip(cells, counts, available, strict=True):
@@ -373,7 +386,7 @@ class _Blocks:
         start = np.where(number > 0, np.roll(rank, 1), 0)
         first = _starts(available)[cell] + start
         flat = _joined(components)
-        sigma = _joined([spectra.columns[c.name] if c.size == 1 else g for c, g in zip(cells, components, strict=True)])
+        sigma = _joined(sigmas)
         if shaping.by_one:
             gain = flat[first]
         else:

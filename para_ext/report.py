@@ -55,6 +55,7 @@ class Report:
 
     Attributes:
         plan: ranks, threshold and predicted error.
+        target: who it was written for; None: the source's own format.
         modules: per module, in the adapter's order.
         bytes_before, bytes_after: of the tensor files; None for a live model.
         undecided: components whose σ is so close to the cut that rounding decided (another backend may differ).
@@ -66,6 +67,7 @@ class Report:
     modules: tuple[ModuleReport, ...]
     source: str
     output: str | None = None
+    target: str | None = None
     backends: tuple[str, ...] = ()
     bytes_before: int | None = None
     bytes_after: int | None = None
@@ -124,6 +126,7 @@ class Report:
             "version": self.version,
             "source": self.source,
             "output": self.output,
+            "target": self.target,
             "backends": list(self.backends),
             "seconds": self.seconds,
             "parameters_before": self.parameters_before,

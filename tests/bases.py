@@ -74,7 +74,7 @@ def token_ids(length: int = 12, seed: int = 0) -> list[int]:
     return torch.randint(8, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _tokens() -> Inputs:
+def tokens() -> Inputs:
     return {"input_ids": torch.tensor([token_ids(seed=0), token_ids(seed=1)])}
 
 
@@ -91,7 +91,8 @@ def _latents() -> Inputs:
     }
 
 
-def _causal(kind: str, **config: Any) -> nn.Module:
+def causal(kind: str, config_kind: str | None = None, **config: Any) -> nn.Module:
+    """A small language model with grouped heads, by the names of transformers' classes: ``{kind}ForCausalLM``."""
     common = {
         "vocab_size": VOCABULARY,
         "hidden_size": 4 * HEAD,
@@ -105,13 +106,11 @@ def _causal(kind: str, **config: Any) -> nn.Module:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(
-        getattr(transformers, f"{kind}Config")(**common | config)
-    )
-    return _without_symmetry(model)
+    settings = getattr(transformers, f"{config_kind or kind}Config")(**{"num_hidden_layers": 3} | common | config)
+    return without_symmetry(getattr(transformers, f"{kind}ForCausalLM")(settings))
 
 
-def _without_symmetry(model: nn.Module) -> nn.Module:
+def without_symmetry(model: nn.Module) -> nn.Module:
     """Random norms and biases: with ones and zeros there, a runtime that forgets them would be right."""
     for name, p in model.named_parameters():
         if p.ndim == 1:
@@ -124,7 +123,7 @@ def _gpt2() -> nn.Module:
         vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=64, n_layer=3, n_head=2, initializer_range=0.08,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return _without_symmetry(transformers.GPT2LMHeadModel(config))
+    return without_symmetry(transformers.GPT2LMHeadModel(config))
 
 
 def _bert() -> nn.Module:
@@ -132,7 +131,7 @@ def _bert() -> nn.Module:
         vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96,
         max_position_embeddings=CONTEXT, initializer_range=0.08, num_labels=5,
     )  # fmt: skip
-    return _without_symmetry(transformers.BertForSequenceClassification(config))
+    return without_symmetry(transformers.BertForSequenceClassification(config))
 
 
 def _vit() -> nn.Module:
@@ -140,17 +139,17 @@ def _vit() -> nn.Module:
         hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96, image_size=16, patch_size=4,
         initializer_range=0.08, num_labels=5,
     )  # fmt: skip
-    return _without_symmetry(transformers.ViTForImageClassification(config))
+    return without_symmetry(transformers.ViTForImageClassification(config))
 
 
 def _mixtral() -> nn.Module:
-    return _causal("Mixtral", num_hidden_layers=2, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
+    return causal("Mixtral", num_hidden_layers=2, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
 
 
 def _unet() -> nn.Module:
     import diffusers
 
-    return _without_symmetry(
+    return without_symmetry(
         diffusers.UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(32, 64),
@@ -169,19 +168,19 @@ def _text_encoder() -> nn.Module:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
         max_position_embeddings=CONTEXT, projection_dim=32, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return _without_symmetry(transformers.CLIPTextModel(config))
+    return without_symmetry(transformers.CLIPTextModel(config))
 
 
 BASES = {
     # layers.1 and layers.10: a careless pattern takes one for the other.
-    "llama": Base(lambda: _causal("Llama", num_hidden_layers=11), _tokens),
-    "qwen2": Base(lambda: _causal("Qwen2", num_hidden_layers=3), _tokens),
-    "gpt2": Base(_gpt2, _tokens, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "bert": Base(_bert, _tokens, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "llama": Base(lambda: causal("Llama", num_hidden_layers=11), tokens),
+    "qwen2": Base(lambda: causal("Qwen2"), tokens),
+    "gpt2": Base(_gpt2, tokens, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "bert": Base(_bert, tokens, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "vit": Base(_vit, _pixels, {"target_modules": ["projection", "q_proj", "v_proj", "fc1", "fc2"]}),
     "mixtral": Base(
         _mixtral,
-        _tokens,
+        tokens,
         {
             "target_modules": ["q_proj", "v_proj"],
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -192,7 +191,9 @@ BASES = {
         _latents,
         {"target_modules": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut"]},
     ),
-    "text_encoder": Base(_text_encoder, _tokens, {"target_modules": ["q_proj", "v_proj", "fc1", "fc2"]}),
+    "text_encoder": Base(
+        _text_encoder, tokens, {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}
+    ),
 }
 
 

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import ParaError
+from .adapter import Adapter
+from .keyed import read_keyed
+from .mlx import is_mlx, read_mlx
 from .output import CONFIG, PICKLED, WEIGHTS
-from .peft import PeftAdapter, read_peft, read_tensors, recognise
+from .peft import PeftAdapter, read_peft
+from .targets import TARGETS, Wish, housed
+from .tensors import read_json
 
-__all__ = ["PeftAdapter", "read_adapter", "read_peft"]
+__all__ = ["TARGETS", "Adapter", "PeftAdapter", "Wish", "housed", "read_adapter", "read_peft"]
 
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def read_adapter(path: Path) -> PeftAdapter:
+def read_adapter(path: Path) -> Adapter[Any]:
     """Read an adapter, recognised by what is there.
 
     Args:
-        path: a folder that PEFT saved.
+        path: a folder that PEFT or MLX saved, one that holds a single tensor file, or such a file.
 
     Raises:
         ParaError: not an adapter that can be read; it says what was found instead.
     """
     if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+        if is_mlx(path):
+            return read_mlx(path)
         if any((path / name).is_file() for name in (CONFIG, WEIGHTS, PICKLED)):
             return read_peft(path)
-        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
         if not files:
-            raise ParaError(f"'{path}' holds no tensor file: give the folder that PEFT saved")
-        path = files[0]
+            raise ParaError(f"'{path}' holds no tensor file: give the folder or file that the adapter was saved in")
+        if len(files) > 1:
+            raise ParaError(f"'{path}' holds {len(files)} tensor files, such as '{files[0].name}': give one of them")
+        return read_keyed(path, files[0])
     if not path.is_file():
-        raise ParaError(f"'{path}' does not exist: give the folder that PEFT saved")
-    if path.name in (WEIGHTS, PICKLED) and (path.parent / CONFIG).is_file():
-        raise ParaError(f"'{path}' is the tensor file of an adapter: give its folder, '{path.parent}'")
+        raise ParaError(f"'{path}' does not exist: give the folder or file that the adapter was saved in")
     if path.suffix not in _SUFFIXES:
-        raise ParaError(f"'{path}' is not a tensor file: give the folder that PEFT saved")
-    kind = recognise(read_tensors(path)[0])
-    raise ParaError(f"'{path}' holds {kind} tensors, not a PEFT folder: convert it to a PEFT LoRA adapter")
+        raise ParaError(f"'{path}' is not a tensor file: give the folder or file that the adapter was saved in")
+    beside = path.parent / CONFIG
+    if beside.is_file() and "peft_type" in read_json(beside):
+        if path.name in (WEIGHTS, PICKLED):
+            raise ParaError(f"'{path}' is the tensor file of an adapter: give its folder, '{path.parent}'")
+        return read_peft(path.parent, path)
+    return read_keyed(path, path)

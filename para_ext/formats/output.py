@@ -24,7 +24,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 SIDECAR = "para_ext.json"
-_WRITTEN = (CONFIG, WEIGHTS, SIDECAR)
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+SINGLE = "lora.safetensors"
+MLX = "adapters.safetensors"
+GGUF = "adapter.gguf"
+_WRITTEN = (CONFIG, SIDECAR, WEIGHTS)
 _REPLACED = (*_WRITTEN, PICKLED)
 
 # What belongs to an adapter beside its weights: model card, licence, tokenizer, processor, chat template.
@@ -75,17 +79,36 @@ def write_folder(out: Path, write: Callable[[Path], None], *, overwrite: bool, s
             _remove_old(out, old)
 
 
-def check_out(out: Path, *, overwrite: bool, source: Path) -> bool:
+def write_file(out: Path, name: str, write: Callable[[Path], None], *, overwrite: bool, source: Path) -> None:
+    """As :func:`write_folder` for a single file: ``write`` makes it under ``name`` in the folder it is given."""
+    if ".." in out.parts:
+        out = out.resolve()
+    with _one_line(out, source):
+        check_out(out, overwrite=overwrite, source=source, file=True)
+        with _parents(out), _temporary(out) as (new, _):
+            write(new)
+            _flush(new)
+            (new / name).replace(out)
+            _flush_folder(out.parent)
+            new.rmdir()
+
+
+def check_out(out: Path, *, overwrite: bool, source: Path, file: bool = False) -> bool:
     """Whether writing ``out`` would replace something; it is refused where that may not be (see `write_folder`)."""
     _check_apart(out, source)
     replaces = os.path.lexists(out)
-    if replaces:
+    if replaces and file:
+        _check_replaceable_file(out, overwrite)
+    elif replaces:
         _check_replaceable(out, overwrite)
     return replaces
 
 
-def copy_along(source: Path, target: Path) -> list[str]:
+def copy_along(source: Path, target: Path, own: str = WEIGHTS) -> list[str]:
     """Copy model card, tokenizer, processor and chat-template files; regular files only, never links.
+
+    Args:
+        own: name of the source's tensor file.
 
     Returns:
         The names in ``source`` that were left out, in order; the adapter's own files, which are written anew, are not
@@ -93,7 +116,7 @@ def copy_along(source: Path, target: Path) -> list[str]:
     """
     left_out = []
     for path in sorted(source.iterdir()):
-        if path.name in _REPLACED:
+        if path.name in _REPLACED or path.name == own:
             continue
         if path.is_file() and not path.is_symlink() and _goes_along(path.name):
             shutil.copyfile(path, target / path.name)
@@ -121,6 +144,10 @@ def write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: 
     _sort_metadata(path)
 
 
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _sort_metadata(path: Path) -> None:
     """Put the header's metadata in order, in place: the library keeps it in a randomly ordered map."""
     with path.open("r+b") as file:
@@ -140,11 +167,11 @@ def _goes_along(name: str) -> bool:
 def _check_apart(out: Path, source: Path) -> None:
     to, origin = out.resolve(), source.resolve()
     if to == origin:
-        raise ParaError(f"'{out}' is the adapter itself: give another folder for the result")
+        raise ParaError(f"'{out}' is what is read: give another name for the result")
     if to.is_relative_to(origin):
-        raise ParaError(f"'{out}' lies inside the adapter '{source}': give a folder outside it for the result")
+        raise ParaError(f"'{out}' lies inside '{source}', which is read: give a name outside it for the result")
     if origin.is_relative_to(to):
-        raise ParaError(f"'{out}' holds the adapter '{source}': give another folder for the result")
+        raise ParaError(f"'{out}' holds '{source}', which is read: give another name for the result")
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
@@ -154,7 +181,8 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise ParaError(f"'{out}' is not a folder, so --overwrite does not replace it: give another one")
     entries = sorted(out.iterdir())
     names = {path.name for path in entries}
-    if not {CONFIG, WEIGHTS} <= names:
+    ours = SIDECAR in names and sum(path.suffix in (".safetensors", ".gguf") for path in entries) == 1
+    if not ours and not {CONFIG, WEIGHTS} <= names:
         raise ParaError(f"'{out}' holds no adapter, so --overwrite does not replace it: give another folder")
     foreign = [path.name for path in entries if not _is_ours(path)]
     if foreign:
@@ -162,8 +190,16 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise ParaError(f"'{out}' also holds {shown}, so --overwrite does not replace it: move that away first")
 
 
+def _check_replaceable_file(out: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise ParaError(f"'{out}' exists: give a new name, or --overwrite to replace it")
+    if out.is_symlink() or not out.is_file():
+        raise ParaError(f"'{out}' is not a regular file, so --overwrite does not replace it: give another one")
+
+
 def _is_ours(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink() and (path.name in _WRITTEN or _goes_along(path.name))
+    written = path.name in _WRITTEN or path.suffix in (".safetensors", ".gguf") or _goes_along(path.name)
+    return path.is_file() and not path.is_symlink() and written
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def unit_scale_config(
     others: Collection[str] = (),
     parameters: Collection[str] = (),
     tied: Collection[str] = (),
+    default: int | None = None,
 ) -> dict[str, Any]:
     """The source's adapter_config changed to unit scale and to new ranks.
 
@@ -44,6 +45,7 @@ def unit_scale_config(
         ranks: new rank of every adapted module by its path in the base model; 0 means dropped.
         others: module names of the base model, as far as they are known; none of them may be injected.
         parameters: the names of ``ranks`` that ``target_parameters`` adapts, as paths of parameters.
+        default: what ``r`` is to be; the largest rank if None.
         tied: the names of ``ranks`` that PEFT adapts because of ``ensure_weight_tying``, not of ``target_modules``.
 
     Raises:
@@ -52,7 +54,7 @@ def unit_scale_config(
     kept = {name: ranks[name] for name in sorted(ranks) if ranks[name] > 0}
     if not kept:
         raise ParaError("an adapter config needs at least one module of rank 1 or more: keep one")
-    rank = max(kept.values())
+    rank = default or max(kept.values())
     new = {**config, "r": rank, "lora_alpha": rank} | {k: v for k, v in _NEUTRAL.items() if k in config}
 
     patterns = _rank_pattern(kept, rank)

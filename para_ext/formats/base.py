@@ -1,0 +1,125 @@
+"""BaseModel: what an adapter's base model is, by its config.json and its safetensors shards; read only where needed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import ParaError
+from ..naming import natural_key
+from .tensors import read_json
+
+_INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A base model as transformers saves it.
+
+    Attributes:
+        folder: where it lies.
+        config: config.json; of a model of several parts, that of its language model.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Its ``model_type``: ``llama``, ``qwen2``."""
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has.
+
+        Raises:
+            ParaError: config.json does not say.
+        """
+        return self.number("num_hidden_layers", "n_layer", "num_layers")
+
+    def number(self, *keys: str) -> int:
+        """The first of these settings that config.json has, a positive whole number."""
+        for key in keys:
+            value = self.config.get(key)
+            if type(value) is int and value > 0:
+                return value
+        raise ParaError(f"'{self.folder / 'config.json'}' has no {keys[0]}: give the folder of the base model")
+
+    @cached_property
+    def shards(self) -> Mapping[str, str]:
+        """Which file holds each tensor, by key.
+
+        Raises:
+            ParaError: there are no safetensors files, or the index names one that is not beside it.
+        """
+        index = self.folder / _INDEX
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            named = isinstance(shards, dict) and all(isinstance(file, str) for file in shards.values())
+            if not named or not isinstance(shards, dict):
+                raise ParaError(f"'{index}' has no weight_map of file names: download or save the base model again")
+            for file in set(shards.values()):
+                if Path(file).name != file or not (self.folder / file).is_file():
+                    raise ParaError(f"'{index}' names {file!r:.100}, which is no file beside it: download it")
+            return shards
+        whole = self.folder / _WHOLE
+        if not whole.is_file():
+            raise ParaError(f"'{self.folder}' holds neither {_WHOLE} nor {_INDEX}: save the base model as safetensors")
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(whole, framework="numpy") as file:
+                return dict.fromkeys(file.keys(), _WHOLE)
+        except (SafetensorError, OSError) as e:
+            raise ParaError(f"'{whole}' is not a whole safetensors file: download or save it again") from e
+
+    @cached_property
+    def renamed(self) -> Mapping[str, Sequence[tuple[str, str | None]]]:
+        """The shards' keys by the names that modules have in transformers, where that renames at load; else empty.
+
+        A key that is one of several that make up one parameter comes with the pattern that it matched.
+        """
+        try:
+            import torch
+            import transformers
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+            config = transformers.AutoConfig.from_pretrained(self.folder)
+            with torch.device("meta"):
+                model = getattr(transformers, config.architectures[0])(config)
+            rules = get_model_conversion_mapping(model)
+        except Exception:  # not installed, older, or no model of transformers: then the names are the keys
+            return {}
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        renamed: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+        for key in sorted(self.shards, key=natural_key):
+            name, pattern = rename_source_key(key, renamings, converters)
+            renamed[name].append((key, pattern))
+        return renamed
+
+
+def read_base(path: Path) -> BaseModel:
+    """Read a base model's config.json.
+
+    Args:
+        path: its folder, or the config.json in it.
+
+    Raises:
+        ParaError: there is none.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ParaError(f"'{path}' is no base model, which has a config.json: give its folder")
+    config = read_json(file)
+    for part in ("text_config", "llm_config"):
+        if isinstance(config.get(part), dict):
+            config = {**config, **config[part]}
+    return BaseModel(file.parent, config)

@@ -1,0 +1,217 @@
+"""The base model with the new ΔW' added to its weights, for runtimes without LoRA; shard by shard, as it is stored.
+
+The one place where ΔW' = B'·A' is formed: it is what is asked for, a module at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import as_tensor, dtype_name
+from ..errors import ParaError
+from ..factors import LoraFactors
+from ..layout import FileLayout
+from .adapter import Adapter
+from .base import BaseModel
+from .output import check_out, write_safetensors
+from .peft import PREFIX, PeftAdapter, PeftSlot
+from .tensors import read_tensors
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
+_NEVER = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
+
+
+class Piece(NamedTuple):
+    """A tensor of the base, and what is added to it.
+
+    Attributes:
+        slot: the adapted module.
+        expert: which of its members; None for all.
+        rows: of that member's ΔW.
+        transposed: the tensor is ΔW's transpose.
+    """
+
+    slot: PeftSlot
+    expert: int | None = None
+    rows: slice = slice(None)
+    transposed: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MergedAdapter(Adapter[PeftSlot]):
+    """Writes a model's folder.
+
+    Attributes:
+        base: the model.
+        pieces: what is added, by key of the base.
+        saved: tensors of modules_to_save, by the key that they replace.
+    """
+
+    tensor_file: str = "*.safetensors"
+    base: BaseModel
+    pieces: Mapping[str, Piece]
+    saved: Mapping[str, NDArray[Any]]
+
+    def check_out(self, out: Path, *, overwrite: bool) -> None:
+        """See :meth:`Adapter.check_out`."""
+        super().check_out(out, overwrite=overwrite)
+        check_out(out, overwrite=overwrite, source=self.base.folder)
+
+    def layout(self, code: str | None = None, metadata: str = "") -> FileLayout | None:
+        """See :meth:`Adapter.layout`: its size does not depend on the ranks."""
+        return None
+
+    def fill(
+        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
+    ) -> Sequence[str]:
+        """See :meth:`Adapter.fill`."""
+        for file in sorted(set(self.base.shards.values())):
+            tensors, header = read_tensors(self.base.folder / file)
+            for key in tensors:
+                if key in self.saved:
+                    tensors[key] = self.saved[key].astype(tensors[key].dtype)
+                elif key in self.pieces:
+                    tensors[key] = _merged(self.pieces[key], tensors[key], factors)
+            write_safetensors(folder / file, tensors, {**header, "format": "pt", "para_ext": metadata})
+        for path in sorted(self.base.folder.iterdir()):
+            if path.is_file() and not path.is_symlink() and path.suffix not in _NEVER and path.name[0] != ".":
+                shutil.copyfile(path, folder / path.name)
+        return [f"'{self.base.folder}' and the adapter in one: no runtime needs to know of LoRA."]
+
+
+def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
+    """The adapter with its base model.
+
+    Raises:
+        ParaError: a module has no weight in the base that it fits, or the adapter holds what cannot be merged.
+    """
+    from .servers import check_plain
+
+    check_plain(adapter, "merged", foreign=True)
+    shapes = _shapes(base)
+    saved = {}
+    for key, tensor in adapter.foreign.items():
+        name = _key(key.removeprefix(PREFIX), shapes)
+        if not name or shapes[name] != tensor.shape:
+            raise ParaError(
+                f"'{adapter.path}' also holds '{key}', which is no tensor of '{base.folder}' of its shape: give the "
+                "base model of this adapter"
+            )
+        saved[name] = tensor
+    flipped = bool(adapter.config.get("fan_in_fan_out"))
+    pieces: dict[str, Piece] = {}
+    for slot in adapter.slots:
+        found = _pieces(slot, base, shapes, flipped)
+        if not found:
+            raise ParaError(
+                f"module '{slot.name}' has no weight in '{base.folder}' that its ΔW fits: give the base model of this "
+                "adapter, not quantized; for an output layer that shares its weight with the input there is none"
+            )
+        pieces |= found
+    embedding = next((slot.name for slot in adapter.slots if slot.embedding), "")
+    if base.config.get("tie_word_embeddings") and embedding:
+        raise ParaError(
+            f"module '{embedding}' shares its weight with the output layer of '{base.folder}', which the adapter "
+            "leaves alone: it can't be merged; use --target peft"
+        )
+    return MergedAdapter(
+        path=adapter.path,
+        weights=adapter.weights,
+        slots=adapter.slots,
+        notes=adapter.notes,
+        base=base,
+        pieces=pieces,
+        saved=saved,
+    )
+
+
+def _merged(piece: Piece, weight: NDArray[Any], factors: Mapping[str, LoraFactors]) -> NDArray[Any]:
+    """weight + ΔW', in fp64 and rounded once."""
+    slot = piece.slot
+    members = slot.members if piece.expert is None else slot.members[piece.expert : piece.expert + 1]
+    deltas = []
+    for member in members:
+        new = factors.get(member.name)
+        if new is None or not new.rank:
+            delta = np.zeros((member.m, member.n))
+        else:
+            delta = (as_tensor(new.B).double() @ as_tensor(new.A).double()).numpy()
+        deltas.append(delta[piece.rows].T if piece.transposed else delta[piece.rows])
+    delta = np.stack(deltas) if slot.experts else np.concatenate(deltas)
+    merged: NDArray[Any] = (weight.astype(np.float64) + delta.reshape(weight.shape)).astype(weight.dtype)
+    if not np.isfinite(merged.astype(np.float64)).all():
+        raise ParaError(f"module '{slot.name}': a weight exceeds the range of {dtype_name(weight.dtype)} when merged")
+    return merged
+
+
+def _shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of the base that holds plain floating-point numbers."""
+    shapes = {}
+    for file in sorted(set(base.shards.values())):
+        tensors, _ = read_tensors(base.folder / file)
+        for key, tensor in tensors.items():
+            if tensor.dtype in _FLOATS or dtype_name(tensor.dtype) == "bfloat16":
+                shapes[key] = tensor.shape
+    return shapes
+
+
+def _key(name: str, shapes: Mapping[str, Any]) -> str:
+    """The base's key for a tensor's name: they may differ by a first part, which heads put before their model."""
+    candidates = [name, name.partition(".")[2], f"model.{name}"]
+    return next((key for key in candidates if key in shapes), "")
+
+
+def _pieces(slot: PeftSlot, base: BaseModel, shapes: Mapping[str, tuple[int, ...]], flipped: bool) -> dict[str, Piece]:
+    """Where in the base the slot's ΔW goes; empty where nothing fits."""
+    name = slot.name if slot.experts else f"{slot.name}.weight"
+    if key := _key(name, shapes):
+        fits = _fits(slot, shapes[key], flipped)
+        return {} if fits is None else {key: Piece(slot, transposed=fits)}
+    sources = next((base.renamed[n] for n in (name, name.partition(".")[2], f"model.{name}") if n in base.renamed), [])
+    if len(sources) == 1:
+        key = sources[0][0]
+        fits = _fits(slot, shapes.get(key, ()), flipped)
+        return {} if fits is None else {key: Piece(slot, transposed=fits)}
+    return _of_experts(slot, sources, shapes)
+
+
+def _of_experts(
+    slot: PeftSlot, sources: Sequence[tuple[str, str | None]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Piece]:
+    """Experts that the base keeps one by one, gate and up apart: rows of each one's ΔW in the order of the patterns."""
+    patterns: dict[str | None, list[str]] = {}
+    for key, pattern in sources:
+        patterns.setdefault(pattern, []).append(key)
+    pieces: dict[str, Piece] = {}
+    start = 0
+    # transformers concatenates gate (w1) and up (w3) in this order, which is that of their names too.
+    for _, keys in sorted(patterns.items(), key=lambda item: str(item[0])):
+        shape = shapes.get(keys[0], ())
+        if len(keys) != len(slot.members) or len(shape) != 2 or any(shapes.get(key) != shape for key in keys):
+            return {}
+        rows = slice(start, start + shape[0])
+        pieces |= {key: Piece(slot, expert, rows) for expert, key in enumerate(keys)}
+        start += shape[0]
+    fits = slot.experts and start == slot.members[0].m and shape[1] == slot.members[0].n if pieces else False
+    return pieces if fits else {}
+
+
+def _fits(slot: PeftSlot, shape: tuple[int, ...], flipped: bool) -> bool | None:
+    """Whether the weight of this shape is ΔW's transpose; None where it is neither, or could be either."""
+    out, rest = slot.B.shape[0], slot.A.shape[1:]
+    if slot.embedding:
+        return True if shape == (*rest, out) else None
+    if slot.experts:
+        m, n = slot.members[0].m, slot.members[0].n
+        either: dict[tuple[int, ...], bool] = {(len(slot.members), m, n): False, (len(slot.members), n, m): True}
+        return either.get(shape) if m != n else None
+    if flipped:
+        return True if shape == (*rest, out) else None
+    return False if shape == (out, *rest) else None

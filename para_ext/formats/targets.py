@@ -1,0 +1,244 @@
+"""Targets: which Adapter writes a source for which reader; what a reader would get wrong is refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ParaError
+from ..naming import module_type
+from . import names
+from .adapter import Adapter, Slot
+from .base import BaseModel, read_base
+from .keyed import KOHYA, PEFT_KEYS, KeyedAdapter, KeyedSlot, anchored
+from .output import DIFFUSERS, SINGLE
+from .peft import PREFIX, PeftAdapter, PeftSlot
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the caller asked for besides the target.
+
+    Attributes:
+        uniform: "all" or "type".
+        base: the base model's folder, or its config.json.
+    """
+
+    uniform: str | None = None
+    base: Path | None = None
+
+    def model(self, target: str) -> BaseModel:
+        """The base model.
+
+        Raises:
+            ParaError: none was given, or it cannot be read.
+        """
+        if self.base is None:
+            raise ParaError(f"the target {target} needs the base model: give its folder by --base")
+        return read_base(self.base)
+
+
+def housed(adapter: Adapter[Any], target: str | None, wish: Wish) -> Adapter[Any]:
+    """The adapter as one that writes for the target.
+
+    Args:
+        target: one of TARGETS; None is the source's own format.
+
+    Raises:
+        ParaError: the target is unknown or can't express this adapter; it names what could.
+    """
+    if target is None:
+        return adapter
+    if target not in TARGETS:
+        raise ParaError(f"target '{target}' is unknown; use one of {', '.join(TARGETS)}")
+    return TARGETS[target](adapter, wish)
+
+
+def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
+    """The adapter as a PEFT folder, with an adapter_config.json made up where it has none.
+
+    Raises:
+        ParaError: it is for several models, which a PEFT folder can't be, or its modules' names are unknown.
+    """
+    if isinstance(adapter, PeftAdapter):
+        return adapter
+    parts = sorted({names.component(slot.name) for slot in adapter.slots})
+    if len(parts) > 1:
+        raise ParaError(
+            f"'{adapter.path}' adapts several models ({', '.join(part or 'one more' for part in parts)}), but a PEFT "
+            f"folder, which the target {target} writes, is for one: use --target diffusers"
+        )
+    _check_names(adapter, target)
+    _check_lora_only(adapter, target)
+    slots = []
+    for slot in adapter.slots:
+        name = slot.name.removeprefix(f"{parts[0]}.") if parts[0] else slot.name
+        slots.append(
+            PeftSlot(name=name, path=PREFIX + name, A=slot.A, B=slot.B, embedding=slot.embedding, members=slot.members)
+        )
+    rank = max(slot.A.shape[0] for slot in slots)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({module_type(slot.name) for slot in slots}),
+        "exclude_modules": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+        "task_type": None,
+    }
+    notes = (*adapter.notes, "adapter_config.json was made up: name the base model in it.")
+    return PeftAdapter(path=adapter.path, weights=adapter.weights, slots=tuple(slots), config=config, notes=notes)
+
+
+def _peft(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    return as_peft(adapter)
+
+
+def _vllm(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    from .servers import for_vllm
+
+    return for_vllm(as_peft(adapter, "vllm"))
+
+
+def _uniform(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    from .servers import uniform
+
+    layers = wish.model("uniform").layers if wish.base else None
+    return uniform(as_peft(adapter, "uniform"), wish.uniform or "all", layers)
+
+
+def _trtllm(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    from .servers import for_trtllm
+
+    return for_trtllm(as_peft(adapter, "trtllm"))
+
+
+def _diffusers(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    slots = [
+        KeyedSlot(**_plain(slot), name=name, stem=name, style=PEFT_KEYS)
+        for slot, name in _pipeline(adapter, "diffusers")
+    ]
+    return _single(adapter, slots, alphas=False, settings=True)
+
+
+def _kohya(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    pipeline = _pipeline(adapter, "kohya")
+    several = any(names.component(name) in ("text_encoder_2", "text_encoder_3", "transformer") for _, name in pipeline)
+    slots = [
+        KeyedSlot(**_plain(slot), name=name, stem=names.kohya(name, several_encoders=several), style=KOHYA)
+        for slot, name in pipeline
+    ]
+    return _single(adapter, anchored(slots, add=True), alphas=True, settings=False)
+
+
+def _gguf(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    from .gguf import for_llama_cpp
+
+    return for_llama_cpp(as_peft(adapter, "gguf"), wish.model("gguf"))
+
+
+def _mlx(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    from .mlx import MlxAdapter, for_mlx
+
+    if isinstance(adapter, MlxAdapter):
+        return adapter
+    return for_mlx(as_peft(adapter, "mlx"), wish.model("mlx") if wish.base else None)
+
+
+def _merged(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    from .merged import for_merging
+
+    return for_merging(as_peft(adapter, "merged"), wish.model("merged"))
+
+
+TARGETS: Mapping[str, Callable[[Adapter[Any], Wish], Adapter[Any]]] = {
+    "peft": _peft,
+    "vllm": _vllm,
+    "uniform": _uniform,
+    "gguf": _gguf,
+    "trtllm": _trtllm,
+    "mlx": _mlx,
+    "diffusers": _diffusers,
+    "kohya": _kohya,
+    "merged": _merged,
+}
+
+
+def _pipeline(adapter: Adapter[Any], target: str) -> list[tuple[Slot, str]]:
+    """Slots and their names with the pipeline's model before them.
+
+    Raises:
+        ParaError: it is no adapter of a diffusion pipeline, or one that would lose something.
+    """
+    if isinstance(adapter, PeftAdapter):
+        from .servers import check_plain
+
+        check_plain(adapter, target)
+    else:
+        _check_names(adapter, target)
+        _check_lora_only(adapter, target)
+    pipeline = []
+    for slot in adapter.slots:
+        name = slot.name if names.component(slot.name) else names.placed(slot.name)
+        if not name:
+            raise ParaError(
+                f"module '{slot.name}' is of no diffusion model that is known, which the target {target} is for: "
+                "use --target peft"
+            )
+        if slot.embedding or slot.experts:
+            raise ParaError(f"module '{slot.name}' is no linear layer or convolution: use --target peft")
+        pipeline.append((slot, name))
+    return pipeline
+
+
+def _check_names(adapter: Adapter[Any], target: str) -> None:
+    for slot in adapter.slots:
+        if "_" in slot.name and "." not in slot.name.removeprefix(names.component(slot.name) + "."):
+            raise ParaError(
+                f"module '{slot.name}' has a name whose dots are unknown, so that the target {target} can't be given "
+                "it: leave --target out to keep the names"
+            )
+        if isinstance(slot, KeyedSlot) and slot.style.needs_all:
+            raise ParaError(
+                f"module '{slot.name}' has a number for a name, which only its own format has: leave --target out"
+            )
+        if target == "diffusers" and names.original(slot.name):
+            raise ParaError(
+                f"module '{slot.name}' is named as in the original model, not as in diffusers: use --target kohya, "
+                "which diffusers converts when it loads it"
+            )
+
+
+def _check_lora_only(adapter: Adapter[Any], target: str) -> None:
+    if adapter.foreign:
+        key = next(iter(adapter.foreign))
+        raise ParaError(
+            f"'{adapter.path}' also holds '{key}' and {len(adapter.foreign) - 1} other tensors that are not LoRA's, "
+            f"which the target {target} would leave out: leave --target out to keep them"
+        )
+
+
+def _plain(slot: Slot) -> dict[str, Any]:
+    return {"A": slot.A, "B": slot.B, "members": slot.members}
+
+
+def _single(adapter: Adapter[Any], slots: list[KeyedSlot], *, alphas: bool, settings: bool) -> KeyedAdapter:
+    return KeyedAdapter(
+        path=adapter.path,
+        weights=adapter.weights,
+        slots=tuple(slots),
+        metadata={"format": "pt"},
+        notes=adapter.notes,
+        alphas=alphas,
+        settings=settings,
+        tensor_file=DIFFUSERS if settings else SINGLE,
+    )
