@@ -31,7 +31,6 @@ class Row:
     rank: int | None
     energy_budget: float | None
     parameters: int
-    share: float | None
     energy: float | None
     error: float | None
     accuracy: float
@@ -95,7 +94,7 @@ def _row(r: Mapping[str, str], right: str) -> Row:
     rank = number("rank")
     return Row(
         r["task"], int(r["seed"]), r["method"], None if rank is None else int(rank), number("energy_budget"),
-        int(r["parameters"]), number("share"), number("energy"), number("error"),
+        int(r["parameters"]), number("energy"), number("error"),
         bits.mean().item(), float(r["loss"]), bits,
     )  # fmt: skip
 
@@ -184,9 +183,11 @@ class Results:
         kept = np.mean([row.accuracy for row in rows.values()])
         return float((kept - self.head(task)) / (full - self.head(task)))
 
-    def compared(self, task: str, ours: str, theirs: str, rank: int | None, their_rank: int | None) -> Difference:
-        """The first method minus the second, over the seeds that both have."""
-        a, b = self.seeds(task, ours, rank), self.seeds(task, theirs, their_rank)
+    def compared(
+        self, task: str, ours: str, theirs: str, rank: int | None, their_rank: int | None, energy: float | None = None
+    ) -> Difference:
+        """The first method minus the second, over the seeds that both have; ``energy`` is the first one's budget."""
+        a, b = self.seeds(task, ours, rank, energy), self.seeds(task, theirs, their_rank)
         common = sorted(a.keys() & b.keys())
         return difference([a[s].right for s in common], [b[s].right for s in common])
 

@@ -118,6 +118,11 @@ class Bench:
         weights = {name: self.pretrained[f"{name}.weight"].flatten(1) for name in layers}
         return {name: torch.linalg.matrix_norm(weight, 2).item() for name, weight in weights.items()}
 
+    def params(self, rank: int) -> int:
+        """LoRA parameters of an adapter with one rank."""
+        layers = training.ranks(self.task, self.model, rank)
+        return sum(k * sum(self.pretrained[f"{name}.weight"].shape[:2]) for name, k in layers.items())
+
     def reset(self) -> None:
         """The model as it was pretrained."""
         self.model.load_state_dict(self.pretrained)
@@ -186,14 +191,13 @@ class Grid:
 
     def measure(self, name: str, cell: Cell) -> dict[str, Any]:
         """The cell's record, from the cache or measured now."""
-        seed = cell.training.seed if cell.training else 0
-        budget = cell.energy or cell.rank
-        path = self.out / "cells" / f"{name}-{cell.method}-{budget}-s{seed}-{key(cell)}.json"
+        path = self.path(name, cell)
         if not path.exists():
             clock = Clock()
             record = self._measured(self.bench(name), cell)
             record = {
-                "task": name, "seed": seed, "method": cell.method, "rank": cell.rank, "energy_budget": cell.energy,
+                "task": name, "seed": _seed(cell),
+                "method": cell.method, "rank": cell.rank, "energy_budget": cell.energy,
                 **record, **clock.seconds(), "code": code(), "date": date.today().isoformat(),
             }  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,6 +205,11 @@ class Grid:
             print(f"{path.stem}: accuracy {record['accuracy']:.4f}, {record['seconds']} s", flush=True)
         loaded: dict[str, Any] = json.loads(path.read_text())
         return loaded
+
+    def path(self, name: str, cell: Cell) -> Path:
+        """Where the cell's record is kept."""
+        budget = cell.energy or cell.rank
+        return self.out / "cells" / f"{name}-{cell.method}-{budget}-s{_seed(cell)}-{key(cell)}.json"
 
     def _measured(self, bench: Bench, cell: Cell) -> dict[str, Any]:
         labels = bench.task.splits().test.labels
@@ -228,14 +237,9 @@ class Grid:
         elif cell.method in ("lora", "trained-low"):
             return decomposition.factors, None
         else:
-            budget = methods.Budget(cell.rank, self._params(bench, cell.rank), cell.training.seed)
+            budget = methods.Budget(cell.rank, bench.params(cell.rank), cell.training.seed)
             new = methods.compress(cell.method, decomposition, budget, bench.norms)
         return new, methods.error(decomposition.factors, new)
-
-    def _params(self, bench: Bench, rank: int) -> int:
-        """LoRA parameters of an adapter with one rank."""
-        layers = training.ranks(bench.task, bench.model, rank)
-        return sum(k * sum(bench.pretrained[f"{name}.weight"].shape[:2]) for name, k in layers.items())
 
     def _tuned(self, bench: Bench, folder: Path, cell: Cell) -> Path:
         """The compressed adapter after so many more steps of training."""
@@ -244,14 +248,14 @@ class Grid:
             return tuned
         clock = Clock()
         small = folder.with_name(f"{folder.name}-small")
-        para_ext.compress_adapter(folder, small, params=self._params(bench, cell.rank), overwrite=True)
+        para_ext.compress_adapter(folder, small, params=bench.params(cell.rank), overwrite=True)
         model = PeftModel.from_pretrained(bench.task.model(), small, is_trainable=True).eval()
         rows = bench.task.splits().train
         training.train(model, rows, bench.task, cell.training.seed + 100, cell.training.learning_rate / 2, cell.steps)
         return save(model, tuned, {**asdict(cell), **clock.seconds()})
 
 
-ENERGIES = (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)
+ENERGIES = (0.99, 0.95, 0.9, 0.8)
 COMPRESSIONS = ("sigma", "density", "uniform", "layer-energy", "random")
 MORE_COMPRESSIONS = ("base-aware", "relative", "columns")
 TUNING_STEPS = 50
@@ -281,6 +285,10 @@ def trained_low(name: str, seed: int, divisor: int) -> list[Cell]:
 def tuned(name: str, seed: int) -> list[Cell]:
     """Compressed, and trained a little more."""
     return [Cell(_high(name, seed), "tuned", rank, steps=TUNING_STEPS) for rank in _small(name)]
+
+
+def _seed(cell: Cell) -> int:
+    return cell.training.seed if cell.training else 0
 
 
 def _high(name: str, seed: int) -> Training:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,7 +114,7 @@ def chance(factors: Sequence[LoraFactors], budget: Budget) -> list[LoraFactors]:
 
 def columns(factors: Sequence[LoraFactors], budget: Budget) -> list[LoraFactors]:
     """The terms b·a that were trained, without any SVD, the largest ‖b‖·‖a‖ of all modules."""
-    size = [abs(f.scale) * torch.as_tensor(f.B).norm(dim=0) * torch.as_tensor(f.A).norm(dim=1) for f in factors]
+    size = [abs(f.scale) * _tensor(f.B).norm(dim=0) * _tensor(f.A).norm(dim=1) for f in factors]
     terms = sorted(((i, j) for i, f in enumerate(factors) for j in range(f.rank)), key=lambda t: -size[t[0]][t[1]])
     return _kept(factors, terms, budget)
 
@@ -123,8 +125,8 @@ COMPONENTS: dict[str, Components] = {"random": chance, "columns": columns}
 
 def _components(f: LoraFactors) -> LoraFactors:
     """The same ΔW from orthogonal terms."""
-    left, upper = torch.linalg.qr(torch.as_tensor(f.B).double())
-    right, lower = torch.linalg.qr(torch.as_tensor(f.A).double().T)
+    left, upper = torch.linalg.qr(_tensor(f.B).double())
+    right, lower = torch.linalg.qr(_tensor(f.A).double().T)
     u, s, vh = torch.linalg.svd(f.scale * upper @ lower.T)
     return LoraFactors(f.name, (left @ u * s).float(), (vh @ right.T).float(), 1.0)
 
@@ -165,18 +167,20 @@ def parameters(spectra: Spectra, ranks: Mapping[str, int]) -> int:
     return sum(ranks[m.name] * (m.m + m.n) for m in spectra.modules)
 
 
+def energy(spectra: Spectra, ranks: Mapping[str, int]) -> float:
+    """Σσ² kept at these ranks, as a fraction of the adapter's."""
+    return sum(value**2 for m in spectra.modules for value in m.sigma[: ranks[m.name]]) / spectra.energy
+
+
 def size(factors: Iterable[LoraFactors]) -> int:
     """LoRA parameters of an adapter."""
     return sum(f.A.shape[0] * (f.m + f.n) for f in factors)
 
 
 def error(old: Sequence[LoraFactors], new: Sequence[LoraFactors]) -> float:
-    """‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all modules, measured on dense products in float64."""
-    lost = total = 0.0
-    for f, g in zip(old, new, strict=True):
-        lost += (product(f) - product(g)).square().sum().item()
-        total += product(f).square().sum().item()
-    return (lost / total) ** 0.5
+    """‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all modules."""
+    lost = sum(_norm([f, replace(g, scale=-g.scale)]) ** 2 for f, g in zip(old, new, strict=True))
+    return (lost / sum(_norm([f]) ** 2 for f in old)) ** 0.5
 
 
 def product(f: LoraFactors) -> Tensor:
@@ -184,8 +188,16 @@ def product(f: LoraFactors) -> Tensor:
     return f.scale * _tensor(f.B).double() @ _tensor(f.A).double()
 
 
-def _tensor(values: object) -> Tensor:
-    return torch.as_tensor(values)
+def _norm(terms: Sequence[LoraFactors]) -> float:
+    """‖Σ ΔW‖_F in float64, from the triangular factors of all B and of all A beside each other."""
+    upper = torch.linalg.qr(torch.cat([f.scale * _tensor(f.B).double() for f in terms], 1), mode="r").R
+    lower = torch.linalg.qr(torch.cat([_tensor(f.A).double() for f in terms]).T, mode="r").R
+    return (upper @ lower.T).norm().item()
+
+
+def _tensor(values: Any) -> Tensor:
+    """Folders are read as numpy arrays, whose 16-bit floats PyTorch does not know."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values.astype(np.float32))
 
 
 def _fitting(terms: Iterable[tuple[object, int]], budget: Budget) -> Iterable[object]:
