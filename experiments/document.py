@@ -52,7 +52,9 @@ def main() -> None:
         "adapters": lambda: adapters(kept),
     }
     for path in (ROOT / "docs" / "evidence.md", ROOT / "README.md"):
-        path.write_text(filled(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        if (new := filled(text, tables)) != text:  # the README's date decides whether the package is built anew
+            path.write_text(new, encoding="utf-8")
 
 
 def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
