@@ -86,6 +86,7 @@ demo: $(DEMO)/venv/installed
 
 # Every cell is cached in $(EVIDENCE); `nice` because this takes hours.
 evidence: $(EVIDENCE)/venv/installed
+	nice $(EVIDENCE)/venv/bin/python -u experiments/evidence.py rates
 	nice $(EVIDENCE)/venv/bin/python -u experiments/evidence.py run
 	nice $(EVIDENCE)/venv/bin/python -u experiments/evidence.py more
 	$(EVIDENCE)/venv/bin/python experiments/evidence.py collect

@@ -121,13 +121,6 @@ def difference(ours: Sequence[Right], theirs: Sequence[Right], resamples: int = 
     return Difference(gaps.mean().item(), low.item(), high.item())
 
 
-def mcnemar(ours: Right, theirs: Right) -> float:
-    """Exact two-sided p of McNemar's test: are rows that only one answers rightly split evenly?"""
-    wins, losses = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-    n, k = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Rank correlation; ties share their mean rank."""
     a, b = _ranked(x), _ranked(y)

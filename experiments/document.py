@@ -6,13 +6,14 @@ The text there is by hand; tables stand between two comments.
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import figures
 import numpy as np
-from analysis import Difference, Estimate, Results, mcnemar, read, spearman
+from analysis import Difference, Estimate, Results, read, spearman
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -48,7 +49,7 @@ def main() -> None:
         "pairs": lambda: pairs(results),
         "errors": lambda: errors(results),
         "energies": lambda: energies(results),
-        "times": lambda: times(RESULTS / "cells.csv"),
+        "times": lambda: times(RESULTS),
         "adapters": lambda: adapters(kept),
     }
     for path in (ROOT / "docs" / "evidence.md", ROOT / "README.md"):
@@ -148,29 +149,32 @@ def energies(results: Results) -> str:
     rows = []
     for task in results.tasks:
         full = results.seeds(task, "lora")
-        for energy in sorted({r.energy_budget for r in results.rows if r.energy_budget and r.task == task})[::-1]:
-            found = results.seeds(task, "energy", None, energy)
-            share = np.mean([found[s].parameters / full[s].parameters for s in found])
-            gap = results.compared(task, "energy", "lora", None, None, energy)
-            kept = results.gain_kept(task, "energy", None, energy)
-            rows.append([task, f"{energy:.0%}", _percent(share), _points(gap), f"{kept:.0%}"])
-    return _table(["task", "energy", "parameters", "accuracy − LoRA's, points", "gain kept"], rows)
+        for method in ("energy-sigma", "energy-density"):
+            budgets = {r.energy_budget for r in results.rows if r.task == task and r.method == method}
+            for energy in sorted((e for e in budgets if e is not None), reverse=True):
+                found = results.seeds(task, method, None, energy)
+                share = float(np.mean([found[s].parameters / full[s].parameters for s in found]))
+                gap = results.compared(task, method, "lora", None, None, energy)
+                kept = results.gain_kept(task, method, None, energy)
+                seeds = str(len(found))
+                score = figures.LABELS[method.removeprefix("energy-")]
+                rows.append([task, score, f"{energy:.0%}", seeds, _percent(share), _points(gap), f"{kept:.0%}"])
+    head = ["task", "score", "energy", "seeds", "parameters", "accuracy − LoRA's, points", "gain kept"]
+    return _table(head, rows, 2)
 
 
-def times(path: Path) -> str:
-    """Wall and processor time of all cells of a task."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    total: dict[str, list[float]] = {}
-    for row in rows:
-        sums = total.setdefault(row["task"], [0, 0, 0])
-        for i, value in enumerate((1, float(row["seconds"]) / 60, float(row["cpu_seconds"]) / 60)):
-            sums[i] += value
-    everything = np.sum(list(total.values()), axis=0)
-    shown = [[task, f"{n:.0f}", f"{wall:.0f}", f"{cpu:.0f}"] for task, (n, wall, cpu) in total.items()]
-    return _table(
-        ["task", "cells", "minutes", "minutes of processor time"], [*shown, ["all", *map("{:.0f}".format, everything)]]
-    )
+def times(folder: Path) -> str:
+    """Wall and processor time of all trainings and measurements."""
+    rows = []
+    for name in ("trainings", "cells"):
+        with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+            found = list(csv.DictReader(file))
+        for task in dict.fromkeys(r["task"] for r in found):
+            mine = [r for r in found if r["task"] == task]
+            wall, cpu = (sum(float(r[c]) for r in mine) / 60 for c in ("seconds", "cpu_seconds"))
+            what = "trainings" if name == "trainings" else "measurements"
+            rows.append([task, what, str(len(mine)), f"{wall:.0f}", f"{cpu:.0f}"])
+    return _table(["task", "", "number", "minutes", "minutes of processor time"], rows, 2)
 
 
 def kept_energy(path: Path) -> dict[str, dict[str, list[float]]]:
@@ -190,7 +194,8 @@ def adapters(kept: dict[str, dict[str, list[float]]]) -> str:
         [figures.LABELS[m], *(f"{np.median(v[m]):.1%} ({min(v[m]):.1%}–{max(v[m]):.1%})" for v in kept.values())]
         for m in methods
     ]
-    return _table(["energy kept, median (range)", *kept], rows)
+    counts = [f"{budget} ({len(v[methods[0]])} adapters)" for budget, v in kept.items()]
+    return _table(["energy kept, median (range)", *counts], rows)
 
 
 # Cells of tables
@@ -207,8 +212,7 @@ def _pair(results: Results, task: str, ours: str, theirs: str, rank: int) -> str
     a, b = results.seeds(task, ours, rank), results.seeds(task, theirs, rank)
     if not a.keys() & b.keys():
         return ""
-    p = min(mcnemar(a[s].right, b[s].right) for s in a.keys() & b.keys())
-    return _points(results.compared(task, ours, theirs, rank, rank)) + ("*" if p < 0.01 else "")
+    return _points(results.compared(task, ours, theirs, rank, rank))
 
 
 def _points(found: Difference) -> str:
@@ -217,7 +221,7 @@ def _points(found: Difference) -> str:
 
 
 def _estimate(found: Estimate) -> str:
-    return f"{_percent(found.mean)} ± {100 * found.half:.1f}"
+    return _percent(found.mean) + (f" ± {100 * found.half:.1f}" if math.isfinite(found.half) else "")
 
 
 def _percent(value: float) -> str:

@@ -1,5 +1,6 @@
 """Evidence: does PARA's claim hold on real models?
 
+python experiments/evidence.py rates             try learning rates on rows that are not tested on
 python experiments/evidence.py run               train and measure the primary grid
 python experiments/evidence.py more              the rest: other scores, more steps, other tasks
 python experiments/evidence.py adapters FOLDER   energy kept of a folder of real adapters
@@ -18,9 +19,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # read once, with torch: threads that wait must not burn the other's core
 
@@ -38,11 +41,18 @@ import para_ext
 RESULTS = Path(__file__).parent / "results"
 PRIMARY = ("rotten-tomatoes", "fashion-mnist")
 OTHERS = ("rotten-tomatoes-qv", "vader", "imdb", "rotten-tomatoes-r32")
-# What is quick comes first: compressions, then what is trained at the small ranks.
+# What tells most comes first.
 PARTS: tuple[Callable[[str, int], list[Cell]], ...] = (
-    grid.compressions,
-    *(partial(grid.trained_low, divisor=divisor) for divisor in (4, 16, 8, 2)),
+    partial(grid.compressions, chosen=("sigma", "uniform", "density")),
+    *(partial(grid.trained_low, divisor=divisor) for divisor in (4, 16)),
+    partial(grid.compressions, chosen=("layer-energy", "random")),
+    *(partial(grid.trained_low, divisor=divisor) for divisor in (8, 2)),
 )
+# (rank, learning rate) that were tried; those that tasks.py says are among them.
+RATES = {
+    "rotten-tomatoes": ((64, 1e-3), (4, 1e-3), (4, 4e-3)),
+    "fashion-mnist": ((32, 1e-3), (32, 4e-3), (32, 1e-2), (2, 4e-3), (2, 1.6e-2)),
+}
 QUICK_RANK = 16
 QUICK_TOLERANCE = 0.03  # of accuracy: 2.5 standard errors of 1,500 rows, for other processors train other weights
 
@@ -55,7 +65,7 @@ def primary() -> Iterable[tuple[str, Cell]]:
 
 def more() -> Iterable[tuple[str, Cell]]:
     """Cells of what comes after it, the most telling first."""
-    for part in (partial(grid.compressions, chosen=grid.MORE_COMPRESSIONS), grid.energies):
+    for part in (partial(grid.compressions, chosen=("base-aware", "relative", "columns")), grid.energies):
         for seed, name in itertools.product(grid.SEEDS, PRIMARY):
             yield from ((name, cell) for cell in part(name, seed))
     for seed, name in itertools.product(grid.SEEDS, PRIMARY):
@@ -65,11 +75,26 @@ def more() -> Iterable[tuple[str, Cell]]:
             yield from ((name, cell) for cell in part(name, seed))
 
 
-def run(cells: Iterable[tuple[str, Cell]], out: Path) -> None:
-    """Measure what is not there yet."""
+def run(cells: Iterable[tuple[str, Cell]], out: Path, task: str | None) -> None:
+    """Measure what is not there yet, of all tasks or of one: processes with different tasks may share the work."""
     measured = Grid(out)
     for name, cell in cells:
-        measured.measure(name, cell)
+        if task in (None, name):
+            measured.measure(name, cell)
+
+
+def rates(out: Path) -> None:
+    """Write rates.csv: accuracy on the validation rows, seed 0."""
+    records = []
+    for name, tried in RATES.items():
+        bench = grid.Bench(grid.TASKS[name], out)
+        labels = bench.task.splits().valid.labels
+        for rank, rate in tried:
+            folder = bench.adapter(replace(grid.Training.of(bench.task, rank, 0), learning_rate=rate))
+            logits = bench.logits(para_ext.decompose(folder).factors, grid.head_of(folder), "valid")
+            found = {key: f"{grid.outcome(logits, labels)[key]:.6g}" for key in ("accuracy", "loss")}
+            records.append({"task": name, "rank": rank, "learning_rate": rate, **found, "code": grid.code()})
+    _write("rates", records)
 
 
 def collect(out: Path) -> None:
@@ -79,6 +104,8 @@ def collect(out: Path) -> None:
     found = {measured.path(name, cell): None for name, cell in wanted if measured.path(name, cell).exists()}
     records = [json.loads(path.read_text()) for path in found]
     analysis.write(RESULTS, records)
+    trained = {cell.training: measured.adapter(name, cell.training) for name, cell in wanted if cell.training}
+    _write("trainings", [json.loads(path.read_text()) for path in trained.values() if path.exists()])
     missing = len({measured.path(name, cell) for name, cell in wanted}) - len(found)
     print(f"{len(records)} cells in {RESULTS}; {missing} of the whole plan were not measured")
 
@@ -86,10 +113,14 @@ def collect(out: Path) -> None:
 def adapters(folder: Path) -> None:
     """Write adapters.csv."""
     records = collection.collect(folder)
-    with (RESULTS / "adapters.csv").open("w", encoding="utf-8", newline="") as file:
+    _write("adapters", [{**record, "energy": f"{record['energy']:.6g}"} for record in records])
+
+
+def _write(name: str, records: Sequence[dict[str, Any]]) -> None:
+    with (RESULTS / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**record, "energy": f"{record['energy']:.6g}"} for record in records)
+        writer.writerows(records)
 
 
 def quick(out: Path) -> int:
@@ -122,9 +153,10 @@ def quick(out: Path) -> int:
 def main() -> int:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("command", choices=["run", "more", "adapters", "collect", "quick"])
+    parser.add_argument("command", choices=["rates", "run", "more", "adapters", "collect", "quick"])
     parser.add_argument("folder", type=Path, nargs="?", help="for adapters: one folder per adapter in it")
     parser.add_argument("--out", type=Path, default=Path("build/evidence"), help="work folder (default: %(default)s)")
+    parser.add_argument("--task", choices=list(grid.TASKS), help="for run and more: this one only")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -134,10 +166,12 @@ def main() -> int:
         return quick(arguments.out / "quick")
     if arguments.command == "adapters":
         adapters(arguments.folder)
+    elif arguments.command == "rates":
+        rates(arguments.out)
     elif arguments.command == "collect":
         collect(arguments.out)
     else:
-        run(primary() if arguments.command == "run" else more(), arguments.out)
+        run(primary() if arguments.command == "run" else more(), arguments.out, arguments.task)
     return 0
 
 

@@ -23,6 +23,8 @@ LABELS = {
     "relative": "σ/‖ΔW‖_F",
     "columns": "largest ‖b‖·‖a‖, no SVD",
     "adalora": "AdaLoRA trained to the budget",
+    "energy-sigma": "PARA, σ, by energy",
+    "energy-density": "PARA, σ²/(m+n), by energy",
     "tuned": "PARA, σ²/(m+n), and 50 more steps",
 }
 TITLES = {
@@ -85,7 +87,7 @@ def energy(results: Results, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(5, 3.6))
     for colour, task in enumerate(results.tasks):
         full = results.seeds(task, "lora")
-        rows = [row for row in results.rows if row.task == task and row.method in ("sigma", "energy")]
+        rows = [row for row in results.rows if row.task == task and row.method in ("sigma", "energy-sigma")]
         x = [100 * (row.energy or 0) for row in rows]
         y = [100 * (row.accuracy - full[row.seed].accuracy) for row in rows]
         axis.scatter(x, y, s=14, color=f"C{colour}", label=TITLES[task], alpha=0.8)

@@ -137,9 +137,13 @@ class Bench:
                 weight += methods.product(f).to(weight.dtype).reshape(weight.shape)
         return training.evaluate(self.model, getattr(self.task.splits(), split))
 
+    def folder(self, wanted: Training) -> Path:
+        """Where the trained adapter is kept."""
+        return self.out / "adapters" / f"{wanted.task}-r{wanted.rank}-s{wanted.seed}-{key(wanted)}"
+
     def adapter(self, wanted: Training) -> Path:
         """Folder of the trained adapter, which is trained if it is not there."""
-        folder = self.out / "adapters" / f"{wanted.task}-r{wanted.rank}-s{wanted.seed}-{key(wanted)}"
+        folder = self.folder(wanted)
         if folder.exists():
             return folder
         print(f"{folder.name}: train", flush=True)
@@ -193,8 +197,11 @@ class Grid:
         """The cell's record, from the cache or measured now."""
         path = self.path(name, cell)
         if not path.exists():
+            bench = self.bench(name)
+            if cell.training:
+                bench.adapter(cell.training)  # whose training has its own time
             clock = Clock()
-            record = self._measured(self.bench(name), cell)
+            record = self._measured(bench, cell)
             record = {
                 "task": name, "seed": _seed(cell),
                 "method": cell.method, "rank": cell.rank, "energy_budget": cell.energy,
@@ -233,7 +240,8 @@ class Grid:
     ) -> tuple[Sequence[LoraFactors], float | None]:
         """What the method makes of the adapter, and how far that is from it (None: it was made otherwise)."""
         if cell.energy is not None:
-            new = decomposition.truncate(decomposition.spectra.plan(energy=cell.energy))
+            score = cell.method.removeprefix("energy-")
+            new = decomposition.truncate(decomposition.spectra.plan(energy=cell.energy, score=score))
         elif cell.method in ("lora", "trained-low"):
             return decomposition.factors, None
         else:
@@ -256,12 +264,10 @@ class Grid:
 
 
 ENERGIES = (0.99, 0.95, 0.9, 0.8)
-COMPRESSIONS = ("sigma", "density", "uniform", "layer-energy", "random")
-MORE_COMPRESSIONS = ("base-aware", "relative", "columns")
 TUNING_STEPS = 50
 
 
-def compressions(name: str, seed: int, chosen: Sequence[str] = COMPRESSIONS) -> list[Cell]:
+def compressions(name: str, seed: int, chosen: Sequence[str]) -> list[Cell]:
     """The head, the LoRA, and what the chosen methods make of it."""
     high = _high(name, seed)
     return [
@@ -273,7 +279,8 @@ def compressions(name: str, seed: int, chosen: Sequence[str] = COMPRESSIONS) -> 
 
 def energies(name: str, seed: int) -> list[Cell]:
     """PARA by energy, the default budget."""
-    return [Cell(_high(name, seed), "energy", energy=energy) for energy in ENERGIES]
+    scores = ("energy-sigma", "energy-density")
+    return [Cell(_high(name, seed), score, energy=energy) for score in scores for energy in ENERGIES]
 
 
 def trained_low(name: str, seed: int, divisor: int) -> list[Cell]:

@@ -6,10 +6,11 @@ keep other components (``COMPONENTS``) are sums of rank-1 terms b·a chosen here
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from para_ext import Decomposition, LoraFactors, Spectra
 
 BISECTIONS = 50
+Term = TypeVar("Term")
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def parameters(spectra: Spectra, ranks: Mapping[str, int]) -> int:
 
 def energy(spectra: Spectra, ranks: Mapping[str, int]) -> float:
     """Σσ² kept at these ranks, as a fraction of the adapter's."""
-    return sum(value**2 for m in spectra.modules for value in m.sigma[: ranks[m.name]]) / spectra.energy
+    return math.fsum(value**2 for m in spectra.modules for value in m.sigma[: ranks[m.name]]) / spectra.energy
 
 
 def size(factors: Iterable[LoraFactors]) -> int:
@@ -180,7 +182,7 @@ def size(factors: Iterable[LoraFactors]) -> int:
 def error(old: Sequence[LoraFactors], new: Sequence[LoraFactors]) -> float:
     """‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all modules."""
     lost = sum(_norm([f, replace(g, scale=-g.scale)]) ** 2 for f, g in zip(old, new, strict=True))
-    return (lost / sum(_norm([f]) ** 2 for f in old)) ** 0.5
+    return math.sqrt(lost / sum(_norm([f]) ** 2 for f in old))
 
 
 def product(f: LoraFactors) -> Tensor:
@@ -192,7 +194,7 @@ def _norm(terms: Sequence[LoraFactors]) -> float:
     """‖Σ ΔW‖_F in float64, from the triangular factors of all B and of all A beside each other."""
     upper = torch.linalg.qr(torch.cat([f.scale * _tensor(f.B).double() for f in terms], 1), mode="r").R
     lower = torch.linalg.qr(torch.cat([_tensor(f.A).double() for f in terms]).T, mode="r").R
-    return (upper @ lower.T).norm().item()
+    return float((upper @ lower.T).norm())
 
 
 def _tensor(values: Any) -> Tensor:
@@ -200,7 +202,7 @@ def _tensor(values: Any) -> Tensor:
     return values if isinstance(values, Tensor) else torch.as_tensor(values.astype(np.float32))
 
 
-def _fitting(terms: Iterable[tuple[object, int]], budget: Budget) -> Iterable[object]:
+def _fitting(terms: Iterable[tuple[Term, int]], budget: Budget) -> Iterable[Term]:
     """The longest prefix of (term, cost) that fits."""
     left = budget.params
     for term, cost in terms:

@@ -67,12 +67,6 @@ def test_layer_energy_is_pefts_rule(factors: list[LoraFactors]) -> None:
     assert all(k == 1 or kept[name][k - 2] < fraction for name, k in ranks.items())
 
 
-def test_mcnemar_is_the_binomial_test() -> None:
-    ours, theirs = np.array([True] * 9 + [False]), np.array([False] * 9 + [True])
-    assert analysis.mcnemar(ours, theirs) == pytest.approx(2 * 11 / 1024)
-    assert analysis.mcnemar(ours, ours) == 1
-
-
 def test_the_bootstrap_is_of_paired_rows() -> None:
     draw = np.random.default_rng(0)
     theirs = draw.random(2000) < 0.8
