@@ -104,8 +104,8 @@ def collect(out: Path) -> None:
     found = {measured.path(name, cell): None for name, cell in wanted if measured.path(name, cell).exists()}
     records = [json.loads(path.read_text()) for path in found]
     analysis.write(RESULTS, records)
-    trained = {cell.training: measured.adapter(name, cell.training) for name, cell in wanted if cell.training}
-    _write("trainings", [json.loads(path.read_text()) for path in trained.values() if path.exists()])
+    trained = dict.fromkeys(cell.training.folder(out) / "training.json" for _, cell in wanted if cell.training)
+    _write("trainings", [json.loads(path.read_text()) for path in trained if path.exists()])
     missing = len({measured.path(name, cell) for name, cell in wanted}) - len(found)
     print(f"{len(records)} cells in {RESULTS}; {missing} of the whole plan were not measured")
 

@@ -51,6 +51,10 @@ class Training:
         """As the task says."""
         return cls(task.name, rank, seed, task.rate(rank), task.batch, task.epochs)
 
+    def folder(self, out: Path) -> Path:
+        """Where the trained adapter is kept."""
+        return out / "adapters" / f"{self.task}-r{self.rank}-s{self.seed}-{key(self)}"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -137,13 +141,9 @@ class Bench:
                 weight += methods.product(f).to(weight.dtype).reshape(weight.shape)
         return training.evaluate(self.model, getattr(self.task.splits(), split))
 
-    def folder(self, wanted: Training) -> Path:
-        """Where the trained adapter is kept."""
-        return self.out / "adapters" / f"{wanted.task}-r{wanted.rank}-s{wanted.seed}-{key(wanted)}"
-
     def adapter(self, wanted: Training) -> Path:
         """Folder of the trained adapter, which is trained if it is not there."""
-        folder = self.folder(wanted)
+        folder = wanted.folder(self.out)
         if folder.exists():
             return folder
         print(f"{folder.name}: train", flush=True)
