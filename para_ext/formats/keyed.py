@@ -300,7 +300,7 @@ def _absorbed(stem: str, down: NDArray[Any], mid: NDArray[Any]) -> NDArray[Any]:
 
 def _members(slot: KeyedSlot, scale: float, least: int) -> tuple[LoraFactors, ...]:
     A, B = slot.A, slot.B
-    if A.ndim < 2 or A.ndim != B.ndim or 0 in A.shape or 0 in B.shape or set(B.shape[2:]) > {1}:
+    if A.ndim < 2 or A.ndim != B.ndim or 0 in A.shape or 0 in B.shape or not set(B.shape[2:]) <= {1}:
         fits = False
     else:
         count = A.shape[0] // B.shape[1]
