@@ -397,8 +397,8 @@ def _settings(ranks: Mapping[str, int], old: str | None, longest: bool) -> dict[
         parts[part][module.removeprefix("text_model.")] = rank
     settings: dict[str, Any] = {}
     for part, of_part in parts.items():
-        config = {"target_modules": sorted(of_part), "exclude_modules": None, "layers_to_transform": None}
-        config = {**before.get(part, {}), **config, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        config = before.get(part, {}) | {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        config |= {"target_modules": sorted(of_part), "exclude_modules": None, "layers_to_transform": None}
         new = unit_scale_config(config, of_part)
         if longest:
             patterns = {f"^(?:{re.escape(name)})$": rank for name, rank in of_part.items()}

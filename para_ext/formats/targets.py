@@ -209,7 +209,7 @@ def _pipeline(adapter: Adapter[Any], target: str) -> list[tuple[Slot, str]]:
 
 def _check_names(adapter: Adapter[Any], target: str) -> None:
     for slot in adapter.slots:
-        if "_" in slot.name and "." not in slot.name.removeprefix(names.component(slot.name) + "."):
+        if isinstance(slot, KeyedSlot) and not names.has_dots(slot.stem):
             raise ParaError(
                 f"module '{slot.name}' has a name whose dots are unknown, so that the target {target} can't be given "
                 "it: leave --target out to keep the names"
