@@ -1,5 +1,7 @@
 # make test     build sdist and wheel, install the wheel into .venv, run the tests against it
 # make test-sanitizers   the CUDA kernels, emulated, under ASan, UBSan and TSan
+# make test-runtimes   load adapters in runtimes that need environments of their own, which it installs: gigabytes
+# make runtimes-docs   write what that measured into docs/runtimes.md
 # make lint     ruff, mypy, clang-format
 # make cuda     install the wheel into .venv with CUDA kernels, by a toolkit from pip alone
 # make test-cuda-static   compile the kernels for every GPU, check what came out; it must be what docs/ says
@@ -18,11 +20,12 @@ NVCC = $(wildcard $(TOOLKIT)/nvidia/cu13/bin/nvcc)# of `make cuda`, from then on
 SOURCES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
+RUNTIMES ?= $(basename $(notdir $(wildcard tests/runtimes/*.txt)))
 export PARA_EXT_NATIVE ?= ON
 export PARA_EXT_WERROR ?= ON
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test test-pure test-sanitizers lint format cuda test-cuda-static cuda-static bench bench-peers demo dev clean
+.PHONY: test test-pure test-sanitizers test-runtimes runtimes-docs lint format cuda test-cuda-static cuda-static bench bench-peers demo dev clean
 
 test: $(VENV)/installed
 	PARA_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest $(PYTEST_ARGS)
@@ -39,6 +42,12 @@ test-pure: $(VENV)/installed
 
 test-sanitizers: $(VENV)/installed
 	$(BIN)/pytest -m sanitizers $(PYTEST_ARGS)
+
+test-runtimes: $(VENV)/installed $(RUNTIMES:%=build/runtimes/%/installed)
+	$(BIN)/pytest -m runtimes tests/test_runtimes.py $(PYTEST_ARGS)
+
+runtimes-docs:
+	PYTHONPATH=tests $(PYTHON) -m runtimes.document
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -93,6 +102,16 @@ $(TOOLKIT)/installed: cuda-toolkit.txt | $(VENV)/bin/python
 	rm -rf $(TOOLKIT)
 	$(BIN)/pip install -q --no-deps --no-compile --target $(TOOLKIT) -r cuda-toolkit.txt
 	touch $@
+
+# The stamp holds the seconds that it took. What vLLM and others bring along of torchvision and the like is built for
+# PyTorch with CUDA, and keeps PyTorch without from being imported.
+build/runtimes/%/installed: tests/runtimes/%.txt
+	@echo "installing $* into build/runtimes/$* …"
+	rm -rf build/runtimes/$* && $(PYTHON) -m venv build/runtimes/$*
+	start=$$(date +%s) && \
+	build/runtimes/$*/bin/pip install -q --no-cache-dir -r $< && \
+	build/runtimes/$*/bin/pip uninstall -qy torchvision torchaudio torchcodec 2> /dev/null && \
+	echo $$(($$(date +%s) - start)) > $@
 
 $(DEMO)/venv/installed: $(PACKAGE) constraints.txt examples/demo-requirements.txt
 	@echo "installing para_ext, PyTorch and the demo's model and data into $(DEMO)/venv …"

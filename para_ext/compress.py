@@ -19,6 +19,7 @@ from .decomposition import Decomposition, checked_threads, cuda_backend
 from .errors import ParaError, shown
 from .factors import LoraFactors
 from .formats import Adapter, Wish, housed, read_adapter
+from .formats.flux import parts
 from .formats.names import matched
 from .plan import DEFAULT_ENERGY, Plan
 from .report import GOOD_ENERGY, LOW_ENERGY, Report, megabytes, module_reports, percent, undecided_components
@@ -306,8 +307,11 @@ def verify(
         tuple(read_adapter(Path(x)).factors) if isinstance(x, str | Path) else tuple(x) for x in (adapter, compressed)
     )
     named = matched([f.name for f in left], [f.name for f in right])
-    right = tuple(replace(f, name=named[f.name]) for f in right)
-    return compare(left, right, checked_threads(threads))
+    ours, theirs = {f.name for f in left}, set(named.values())
+    if ours - theirs and theirs - ours:  # modules that are one layer in one of them may be several in the other
+        left, right = (tuple(part for f in factors for part in parts(f)) for factors in (left, right))
+        named = matched([f.name for f in left], [f.name for f in right])
+    return compare(left, [replace(f, name=named[f.name]) for f in right], checked_threads(threads))
 
 
 def _is_model(source: object) -> TypeGuard[nn.Module]:
@@ -339,8 +343,8 @@ def _report(
     floored = sum(f.min_rank > 0 for f in decomposition.factors)
     if floored:
         notes.append(
-            f"{floored} modules keep rank ≥ 1, because they can't be left out (DoRA, a bias, other weights of their "
-            "own, a format that numbers modules); with DoRA the error is that of B·A, not of the normalised weight."
+            f"{floored} of the modules keep rank ≥ 1, because they can't be left out (DoRA, a bias, other weights of "
+            "their own, a format that counts modules); with DoRA the error is that of B·A, not of the weight."
         )
     if spectra.modules and spectra.energy == 0:
         notes.append("ΔW is zero in every module: is this adapter trained?")

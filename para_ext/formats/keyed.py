@@ -129,7 +129,7 @@ class KeyedAdapter(Adapter[KeyedSlot]):
             if self.alphas:
                 slots.append(layout.Slot(key_alpha, "F32", slot.alpha, None, module))
         longest = {slot.name: slot.A.shape[0] for slot in self.slots}
-        return layout.FileLayout(tuple(slots), self._header(longest, metadata, hashes=("0" * 64, "0" * 8)))
+        return layout.FileLayout(tuple(slots), self._header(longest, metadata, ("0" * 64, "0" * 8), longest=True))
 
     def fill(
         self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
@@ -149,17 +149,20 @@ class KeyedAdapter(Adapter[KeyedSlot]):
         write_safetensors(folder / self.tensor_file, tensors, self._header(ranks, metadata, hashes))
         return []
 
-    def _header(self, ranks: Mapping[str, int], metadata: str, hashes: tuple[str, str] = ("", "")) -> dict[str, str]:
+    def _header(
+        self, ranks: Mapping[str, int], metadata: str, hashes: tuple[str, str] = ("", ""), *, longest: bool = False
+    ) -> dict[str, str]:
         """The source's metadata with what depends on the ranks brought up to date.
 
         Args:
             ranks: of the slots that are kept, by name.
             metadata: text for ``para_ext``.
             hashes: of kohya, by model and legacy.
+            longest: at least as long as for any lower ranks, which may all differ.
         """
         header = {**self.metadata, "para_ext": metadata}
         if "ss_network_dim" in header:
-            alike = len(set(ranks.values())) == 1
+            alike = len(set(ranks.values())) == 1 and not longest
             header["ss_network_dim"] = str(max(ranks.values())) if alike else "Dynamic"
             header["ss_network_alpha"] = str(float(max(ranks.values())))
         if "ss_network_args" in header:
@@ -171,7 +174,7 @@ class KeyedAdapter(Adapter[KeyedSlot]):
             if name in ranks:
                 header[key] = str(ranks[name])
         if self.settings:
-            header[SETTINGS] = json.dumps(_settings(ranks, self.metadata.get(SETTINGS)), sort_keys=True)
+            header[SETTINGS] = json.dumps(_settings(ranks, self.metadata.get(SETTINGS), longest), sort_keys=True)
         return header
 
 
@@ -338,12 +341,12 @@ def _scale(
         return 1.0
     from .peft import scale_of
 
-    part, _, name = slot.name.partition(".")
+    part, name = _placed(slot.name, settings)
     return scale_of(settings[part], name, rank) if part in settings else 1.0
 
 
 def _read_settings(metadata: Mapping[str, str], file: Path) -> dict[str, dict[str, Any]] | None:
-    """The header's ``lora_adapter_metadata`` by component; None where there is none."""
+    """The header's ``lora_adapter_metadata`` by component, which is "" in a file of one; None where there is none."""
     if SETTINGS not in metadata:
         return None
     from .peft import checked_config
@@ -354,34 +357,53 @@ def _read_settings(metadata: Mapping[str, str], file: Path) -> dict[str, dict[st
         raise ParaError(f"'{file}': its {SETTINGS} is not valid JSON: save the adapter again") from e
     if not isinstance(flat, dict):
         raise ParaError(f"'{file}': its {SETTINGS} is not a JSON object: save the adapter again")
+    return {part: checked_config(f"{file}: {SETTINGS} {part}", config) for part, config in _by_part(flat).items()}
+
+
+def _by_part(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings by component; a model that was saved without its pipeline has none before its keys."""
+    if "r" in flat:
+        return {"": dict(flat)}
     settings: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in flat.items():
         part, _, name = key.partition(".")
         settings[part][name] = value
-    return {part: checked_config(f"{file}: {SETTINGS} of {part}", config) for part, config in settings.items()}
+    return settings
 
 
-def _settings(ranks: Mapping[str, int], old: str | None) -> dict[str, Any]:
+def _placed(name: str, settings: Collection[str]) -> tuple[str, str]:
+    """Under which component the settings of a module are, and what they call it."""
+    if "" in settings:
+        return "", name.removeprefix(f"{names.component(name)}.")
+    part, _, rest = name.partition(".")
+    return part, rest
+
+
+def _settings(ranks: Mapping[str, int], old: str | None, longest: bool) -> dict[str, Any]:
     """``lora_adapter_metadata`` at unit scale.
 
     Args:
         ranks: of the kept modules, by name with the component before it.
         old: the source's text.
+        longest: with a pattern for every module.
     """
     from .peft_config import unit_scale_config
 
-    before = json.loads(old) if old else {}
+    before = _by_part(json.loads(old)) if old else {}
     parts: dict[str, dict[str, int]] = defaultdict(dict)
     for name, rank in ranks.items():
-        part, _, module = name.partition(".")
+        part, module = _placed(name, before)
         # transformers 5 has no text_model in these names, and PEFT finds the shorter ones in both.
         parts[part][module.removeprefix("text_model.")] = rank
     settings: dict[str, Any] = {}
     for part, of_part in parts.items():
-        config = {key.removeprefix(f"{part}."): value for key, value in before.items() if key.startswith(f"{part}.")}
-        config |= {"target_modules": sorted(of_part), "exclude_modules": None, "layers_to_transform": None}
-        new = unit_scale_config({**config, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}, of_part)
-        settings |= {f"{part}.{key}": value for key, value in new.items() if value is not None}
+        config = {"target_modules": sorted(of_part), "exclude_modules": None, "layers_to_transform": None}
+        config = {**before.get(part, {}), **config, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        new = unit_scale_config(config, of_part)
+        if longest:
+            patterns = {f"^(?:{re.escape(name)})$": rank for name, rank in of_part.items()}
+            new |= {"rank_pattern": patterns, "alpha_pattern": patterns}
+        settings |= {f"{part}.{key}" if part else key: value for key, value in new.items() if value is not None}
     return settings
 
 

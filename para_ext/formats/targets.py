@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..naming import module_type
 from . import names
 from .adapter import Adapter, Slot
 from .base import BaseModel, read_base
+from .flux import unfused
 from .keyed import KOHYA, PEFT_KEYS, KeyedAdapter, KeyedSlot, anchored
 from .output import DIFFUSERS, SINGLE
 from .peft import PREFIX, PeftAdapter, PeftSlot
@@ -123,6 +124,12 @@ def _trtllm(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
 
 
 def _diffusers(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
+    if isinstance(adapter, KeyedAdapter):
+        apart = tuple(unfused(adapter.slots))
+        notes = adapter.notes
+        if len(apart) > len(adapter.slots):
+            notes += ("Layers that diffusers has in several parts are written in parts, each with an A of its own.",)
+        adapter = replace(adapter, slots=apart, notes=notes)
     slots = [
         KeyedSlot(**_plain(slot), name=name, stem=name, style=PEFT_KEYS)
         for slot, name in _pipeline(adapter, "diffusers")
