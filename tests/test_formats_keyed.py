@@ -5,25 +5,19 @@ The oracle is ΔW = scale · B·A in fp64, with the scale that the test itself p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import para_ext
-from para_ext.errors import ParaError
 from para_ext.formats import read_adapter
 
 RANK = 4

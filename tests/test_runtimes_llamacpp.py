@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("xllamacpp")
+pytest.importorskip("peft")
+
 import gguf
 import llamacpp
-import pytest
 from bases import QUIET, Base, causal, merged, random_adapter, relative_error, tokens
 from llamacpp import MODELS, TOLERANCE, computed, expected, write_base
 

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("mlx_lm")
+pytest.importorskip("peft")
+
+import mlx.core as mx
 from bases import BASES, QUIET, logits, merged, random_adapter, relative_error, save
 from mlx_lm.utils import load_adapters, load_model
 from safetensors.torch import load_file, save_file
