@@ -101,7 +101,7 @@ def test_transformers_computes_the_truncated_update(compressed: Callable[[str], 
 
 
 @pytest.mark.parametrize("target", ["vllm", "trtllm", "uniform"])
-@pytest.mark.parametrize("case", ["llama patterns", "qwen2", "gpt2", "text_encoder"])
+@pytest.mark.parametrize("case", ["llama patterns", "llama embedding", "qwen2", "gpt2", "text_encoder"])
 def test_folders_for_servers_are_right_in_peft_too(
     compressed: Callable[[str], Compressed], case: str, target: str, tmp_path: Path
 ) -> None:
@@ -113,7 +113,9 @@ def test_folders_for_servers_are_right_in_peft_too(
     assert made.error(made.loaded(tmp_path / "whole"), None) <= 1e-5
 
 
-@pytest.mark.parametrize("case", ["llama rslora patterns", "qwen2", "gpt2", "bert", "vit", "mixtral", "text_encoder"])
+@pytest.mark.parametrize(
+    "case", ["llama rslora patterns", "llama embedding", "qwen2", "gpt2", "bert", "vit", "mixtral", "text_encoder"]
+)
 def test_merged(compressed: Callable[[str], Compressed], case: str, tmp_path: Path) -> None:
     """The model's own class loads the folder; no LoRA is left."""
     made = compressed(case)
