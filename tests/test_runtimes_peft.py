@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import para_ext
 from para_ext.report import Report
@@ -30,6 +31,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama rslora": ("llama", {"use_rslora": True}),
     "llama patterns": ("llama", PATTERNS),
     "llama rslora patterns": ("llama", {"use_rslora": True} | PATTERNS),
+    # Whatever is missing in the file would be random.
+    "llama uninitialised": ("llama", {"init_lora_weights": False}),
     "llama embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "mixtral rslora": ("mixtral", {"use_rslora": True}),
 }
@@ -111,6 +114,51 @@ def test_folders_for_servers_are_right_in_peft_too(
     assert made.error(made.loaded(tmp_path / "small"), report.ranks) <= 1e-5
     para_ext.convert_adapter(made.original, tmp_path / "whole", target)
     assert made.error(made.loaded(tmp_path / "whole"), None) <= 1e-5
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 4, 7], [3, 9]], ids=str)
+def test_uniform_folders_keep_the_rules_of_servers(layers: list[int], tmp_path: Path) -> None:
+    """SGLang and LMDeploy: leaf names, and exactly r of every one in every layer; LoRAX and TGI: no padded rank."""
+    base = BASES["llama"]
+    config = base.build().config
+    config.save_pretrained(tmp_path / "base")
+    leaves = ["q_proj", "v_proj", "down_proj"]
+    original = random_adapter(
+        base, tmp_path / "original", target_modules=leaves, layers_to_transform=layers, use_rslora=True
+    )
+    small = tmp_path / "small"
+    report = para_ext.compress_adapter(original, small, energy=0.9, target="uniform", base=tmp_path / "base")
+    settings = json.loads((small / "adapter_config.json").read_text())
+    rank = settings["r"]
+    assert rank in {8, *range(16, 513, 16)}
+    assert settings["lora_alpha"] == rank and not settings["use_rslora"]
+    assert sorted(settings["target_modules"]) == sorted(leaves)
+    assert not any(settings[key] for key in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform"))
+    tensors = load_file(small / "adapter_model.safetensors")
+    modules = {name for name, _ in base.build().named_modules() if name.endswith(tuple(leaves))}
+    assert tensors.keys() == {f"base_model.model.{name}.lora_{which}.weight" for name in modules for which in "AB"}
+    assert {tensor.shape["B" in key.rsplit(".", 2)[1]] for key, tensor in tensors.items()} == {rank}
+    reference = merged(base.build(), original, report.ranks)
+    model = peft.PeftModel.from_pretrained(base.build(), small).eval()
+    assert relative_error(logits(model, base.inputs()), logits(reference, base.inputs())) <= 1e-5
+
+
+def test_uniform_folders_can_be_swapped(tmp_path: Path) -> None:
+    """In place, without another compilation; folders with ranks of their own are refused by PEFT, not mixed up."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    base, swapped = BASES["llama"], {}
+    for seed in (1, 2):
+        original = random_adapter(base, tmp_path / f"original-{seed}", seed=seed)
+        swapped[seed] = para_ext.compress_adapter(original, tmp_path / f"uniform-{seed}", rank=8, target="uniform")
+        para_ext.compress_adapter(original, tmp_path / f"small-{seed}", keep=0.4)
+    model = peft.PeftModel.from_pretrained(base.build(), tmp_path / "uniform-1")
+    hotswap_adapter(model, str(tmp_path / "uniform-2"), "default")
+    reference = merged(base.build(), tmp_path / "original-2", swapped[2].ranks)
+    assert relative_error(logits(model.eval(), base.inputs()), logits(reference, base.inputs())) <= 1e-5
+    model = peft.PeftModel.from_pretrained(base.build(), tmp_path / "small-1")
+    with pytest.raises(ValueError, match="alpha_pattern"):
+        hotswap_adapter(model, str(tmp_path / "small-2"), "default")
 
 
 @pytest.mark.parametrize(
