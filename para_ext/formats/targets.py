@@ -61,7 +61,7 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
         ParaError: it is for several models, which a PEFT folder can't be, or its modules' names are unknown.
     """
     if isinstance(adapter, PeftAdapter):
-        return adapter
+        return adapter if target == "peft" else _without_copies(adapter)
     parts = sorted({names.component(slot.name) for slot in adapter.slots})
     if len(parts) > 1:
         raise ParaError(
@@ -95,6 +95,16 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
     }
     notes = (*adapter.notes, "adapter_config.json was made up: name the base model in it.")
     return PeftAdapter(path=adapter.path, weights=adapter.weights, slots=tuple(slots), config=config, notes=notes)
+
+
+def _without_copies(adapter: PeftAdapter) -> PeftAdapter:
+    """The adapter without the base's own weights, which PEFT saves beside the factors of embeddings."""
+    copies = {f"{slot.path}.base_layer.weight" for slot in adapter.slots}
+    foreign = {key: tensor for key, tensor in adapter.foreign.items() if key not in copies}
+    if len(foreign) == len(adapter.foreign):
+        return adapter
+    note = "Copies of the base model's own weights (base_layer.weight) are left out."
+    return replace(adapter, foreign=foreign, notes=(*adapter.notes, note))
 
 
 def _peft(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
