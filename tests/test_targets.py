@@ -20,6 +20,7 @@ from sources import (
     comfyui_flux,
     dense,
     kohya_pipeline,
+    kohya_unet,
     language,
     norm,
     peft_folder,
@@ -72,6 +73,39 @@ def test_compress_and_its_certificate(tmp_path: Path, make: Source, target: str 
         assert report.error <= 3 * lost or report.error <= 1e-5 * report.norm
         assert para_ext.verify(source, tmp_path / "out").error == pytest.approx(lost, rel=1e-6, abs=1e-9 * report.norm)
     assert para_ext.verify(source, tmp_path / "out").parameters_after == report.parameters_after
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (peft_folder, "trtllm"),
+        (peft_folder, "uniform"),
+        (peft_folder, "mlx"),
+        (peft_rslora, "vllm"),
+        (kohya_unet, "kohya"),
+        (kohya_unet, "peft"),
+        (peft_unet, "diffusers"),
+        (kohya_pipeline, "diffusers"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
+def test_size_is_of_the_written_file(tmp_path: Path, make: Source, target: str) -> None:
+    """Never more than was asked for; and what ``dry_run`` tells is it, but where the header tells ranks."""
+    source = make(tmp_path / "source")
+    whole = para_ext.convert_adapter(source, tmp_path / "whole", target).bytes_after
+    assert whole is not None
+    for i, part in enumerate((1.0, 0.99, 0.9, 0.8)):
+        size = int(whole * part) + 2000 * (target == "diffusers")
+        budget = {"size": size, "target": target}
+        if target == "uniform" and part < 1:
+            with pytest.raises(ParaError, match="the smallest feasible is size="):
+                para_ext.compress_adapter(source, tmp_path / str(i), **budget)
+            continue
+        report = para_ext.compress_adapter(source, tmp_path / str(i), **budget)
+        (file,) = (tmp_path / str(i)).glob("*.safetensors")
+        assert report.bytes_after == file.stat().st_size <= size
+        planned = para_ext.compress_adapter(source, tmp_path / "not", dry_run=True, **budget).bytes_after
+        assert planned == report.bytes_after or (target == "diffusers" and report.bytes_after < planned <= size)
 
 
 # The base model
