@@ -114,7 +114,10 @@ def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
     for slot in adapter.slots:
         targets[slot.name] = _targets(slot, names)
         if not all(targets[slot.name]):
-            raise ParaError(f"module '{slot.name}' has no place in a GGUF of a {base.kind}: use --target merged")
+            raise ParaError(
+                f"module '{slot.name}' has no place in a GGUF of '{base.folder}': give its own base model, "
+                f"or use --target merged"
+            )
         for target in targets[slot.name]:
             if target in taken or len(f"{target}.weight.lora_a") > _LONGEST_NAME:
                 raise ParaError(f"module '{slot.name}' is '{target}' in GGUF, which is taken: use --target merged")

@@ -175,7 +175,8 @@ def for_trtllm(adapter: PeftAdapter) -> TrtllmAdapter:
 
 def _by_leaf(config: Mapping[str, Any], slots: Sequence[PeftSlot]) -> dict[str, Any]:
     """The config with the leaf names of the slots for target_modules, which is all that some readers take."""
-    leaves = sorted({module_type(slot.name) for slot in slots if slot.role != "parameter"})
+    named = [slot.name for slot in slots if slot.role != "parameter"]
+    leaves = sorted({name if name.count(".") < 2 else module_type(name) for name in named})
     cleared = {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}
     return {**config, "target_modules": leaves, **cleared}
 
