@@ -169,9 +169,23 @@ def test_matched_spells_the_right_as_the_left() -> None:
     }
     assert names.matched(left, ["down_blocks.0.proj_in"]) == {"down_blocks.0.proj_in": "unet.down_blocks.0.proj_in"}
     assert names.matched(["down_blocks.0.x"], ["unet.down_blocks.0.x"]) == {"unet.down_blocks.0.x": "down_blocks.0.x"}
+    # Each is matched once, and by its own name where the left has it.
+    assert names.matched(["a.b_c"], ["a_b.c", "a.b_c", "a_b_c"]) == {
+        "a_b.c": "a_b.c",
+        "a.b_c": "a.b_c",
+        "a_b_c": "a_b_c",
+    }
+    assert names.matched(["a.b_c"], ["a_b.c", "a_b_c"]) == {"a_b.c": "a.b_c", "a_b_c": "a_b_c"}
     # Both encoders of a pipeline have modules of one name, and stay apart.
     both = ["text_encoder.x", "text_encoder_2.x"]
     assert names.matched(both, both) == dict(zip(both, both, strict=True))
+
+
+@given(*[st.lists(st.text("a._", min_size=1, max_size=4), unique=True, max_size=6)] * 2)
+def test_matched_never_makes_one_of_two(left: list[str], right: list[str]) -> None:
+    found = names.matched(left, right)
+    assert list(found) == right
+    assert len(set(found.values())) == len(right)
 
 
 # Real keys

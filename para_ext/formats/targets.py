@@ -151,7 +151,9 @@ def _kohya(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
         KeyedSlot(**_plain(slot), name=name, stem=names.kohya(name, several_encoders=several), style=KOHYA)
         for slot, name in pipeline
     ]
-    return _single(adapter, anchored(slots, add=True), alphas=True, settings=False)
+    single = _single(adapter, anchored(slots, add=True), alphas=True, settings=False)
+    trained = {k: v for k, v in adapter.metadata.items() if k.startswith(("ss_", "sshs_", "modelspec."))}
+    return replace(single, metadata={**single.metadata, **trained})
 
 
 def _gguf(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
@@ -208,8 +210,8 @@ def _pipeline(adapter: Adapter[Any], target: str) -> list[tuple[Slot, str]]:
                 f"module '{slot.name}' is of no diffusion model that is known, which the target {target} is for: "
                 "use --target peft"
             )
-        if slot.embedding or slot.experts:
-            raise ParaError(f"module '{slot.name}' is no linear layer or convolution: use --target peft")
+        if slot.embedding or len(slot.members) > 1:
+            raise ParaError(f"module '{slot.name}' is no plain linear layer or convolution: use --target peft")
         pipeline.append((slot, name))
     return pipeline
 
