@@ -300,7 +300,7 @@ def _absorbed(stem: str, down: NDArray[Any], mid: NDArray[Any]) -> NDArray[Any]:
 
 def _members(slot: KeyedSlot, scale: float, least: int) -> tuple[LoraFactors, ...]:
     A, B = slot.A, slot.B
-    if A.ndim < 2 or A.ndim != B.ndim or 0 in A.shape or 0 in B.shape or set(B.shape[2:]) > {1}:
+    if A.ndim < 2 or A.ndim != B.ndim or 0 in A.shape or 0 in B.shape or not set(B.shape[2:]) <= {1}:
         fits = False
     else:
         count = A.shape[0] // B.shape[1]
@@ -397,8 +397,8 @@ def _settings(ranks: Mapping[str, int], old: str | None, longest: bool) -> dict[
         parts[part][module.removeprefix("text_model.")] = rank
     settings: dict[str, Any] = {}
     for part, of_part in parts.items():
-        config = {"target_modules": sorted(of_part), "exclude_modules": None, "layers_to_transform": None}
-        config = {**before.get(part, {}), **config, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        config = before.get(part, {}) | {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        config |= {"target_modules": sorted(of_part), "exclude_modules": None, "layers_to_transform": None}
         new = unit_scale_config(config, of_part)
         if longest:
             patterns = {f"^(?:{re.escape(name)})$": rank for name, rank in of_part.items()}
