@@ -174,6 +174,7 @@ class KeyedAdapter(Adapter[KeyedSlot]):
             name = key.removesuffix(":rank").replace(":", ".")
             if name in ranks:
                 header[key] = str(ranks[name])
+        header.pop(SETTINGS, None)
         if self.settings:
             header[SETTINGS] = json.dumps(_settings(ranks, self.metadata.get(SETTINGS), longest), sort_keys=True)
         return header
@@ -225,7 +226,7 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
         notes=tuple(notes),
         tensor_file=weights.with_suffix(".safetensors").name,
         alphas=alphas,
-        settings=settings is not None,
+        settings=settings is not None and not alphas,  # diffusers refuses a file with both
     )
 
 
