@@ -192,7 +192,6 @@ def compress(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--target", type=click.Choice(TARGETS), required=True, help="Who will read OUT.")
 @_BASE
-@click.option("--uniform", type=click.Choice(["all", "type"]), help="For the target uniform: by type only LoRAX, TGI.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [same]")
 @click.option("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
 @_THREADS

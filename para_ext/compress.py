@@ -184,9 +184,8 @@ def compress_adapter(
         return [spectra.plan(**(shaped if k is None else {**shaped, "keep": k})) for k in keeps]
 
     reports = _rewrite(
-        Path(source), Path(out), plans, several=several, target=target, base=base, uniform=budget.get("uniform"),
-        dtype=dtype, overwrite=overwrite, dry_run=dry_run, backend=backend, device=device, threads=threads,
-        progress=progress,
+        Path(source), Path(out), plans, several=several, target=target, base=base, dtype=dtype, overwrite=overwrite,
+        dry_run=dry_run, backend=backend, device=device, threads=threads, progress=progress,
     )  # fmt: skip
     return reports if several else reports[0]
 
@@ -197,7 +196,6 @@ def convert_adapter(
     target: str,
     *,
     base: str | Path | None = None,
-    uniform: str | None = None,
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
@@ -207,17 +205,23 @@ def convert_adapter(
 
     Args:
         source, out, target, base, dtype, overwrite, threads, progress: as for :func:`compress_adapter`.
-        uniform: for the target "uniform", "all" or "type".
 
     Raises:
         ParaError: refused, naming what and why; nothing was written.
     """
 
     def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[Plan]:
-        return [spectra.plan(**(adapter.shaping or {"keep": 1.0}))]
+        plan = spectra.plan(**(adapter.shaping or {"keep": 1.0}))
+        for module in spectra.modules:
+            if plan.ranks[module.name] < min(module.rank, module.m, module.n):
+                raise ParaError(
+                    f"module '{module.name}' has rank {module.rank}, but the target {target} takes at most "
+                    f"{plan.ranks[module.name]}: compress with that target"
+                )
+        return [plan]
 
     return _rewrite(
-        Path(source), Path(out), plans, several=False, target=target, base=base, uniform=uniform, dtype=dtype,
+        Path(source), Path(out), plans, several=False, target=target, base=base, dtype=dtype,
         overwrite=overwrite, threads=threads, progress=progress,
     )[0]  # fmt: skip
 
@@ -230,7 +234,6 @@ def _rewrite(
     several: bool,
     target: str | None,
     base: str | Path | None,
-    uniform: str | None,
     dtype: torch.dtype | str | None,
     overwrite: bool,
     dry_run: bool = False,
@@ -245,7 +248,7 @@ def _rewrite(
     code = checked_dtype(dtype)
 
     say("reading")
-    adapter = housed(read_adapter(source), target, Wish(uniform, None if base is None else Path(base)))
+    adapter = housed(read_adapter(source), target, Wish(None if base is None else Path(base)))
     if several and adapter.as_file(out):
         raise ParaError(f"'{out}' is one file, but several keep values make several: give a folder")
     with ThreadPoolExecutor(1) as hasher:  # hashlib releases the GIL, so reading the file twice overlaps with work

@@ -15,8 +15,11 @@ def natural_key(name: str) -> list[int | str]:
 
 
 def module_type(name: str) -> str:
-    """The shortest tail of a dotted name that does not start with a number: ``q_proj``, ``to_out.0``."""
+    """The shortest tail of a dotted name that does not start with a number: ``q_proj``, ``to_out.0``; ``unet`` of
+    ``unet.17``, where modules have numbers for names."""
     parts = name.split(".")
+    if len(parts) == 2 and parts[1].isdecimal():
+        return parts[0]
     start = len(parts) - 1
     while start > 0 and parts[start].isdecimal():
         start -= 1

@@ -8,100 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
+from single_files import KOHYA, PEFT, STYLES, File, delta_in, number
 from torch import Tensor
 
 import para_ext
 from para_ext.errors import ParaError
 from para_ext.formats import read_adapter
-
-RANK = 4
-
-
-@dataclass
-class Module:
-    """Keys of a module's tensors in the file, and its ΔW [m, n] with m and n of all axes."""
-
-    A: str
-    B: str
-    alpha: str
-    delta: Tensor
-    transposed: bool = False
-
-
-@dataclass
-class File:
-    """What a test puts into a file, by module as para_ext is to call it."""
-
-    metadata: dict[str, str] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    modules: dict[str, Module] = field(default_factory=dict)
-    foreign: set[str] = field(default_factory=set)
-    rounding: float = 1e-12
-
-    def add(
-        self,
-        name: str,
-        stem: str,
-        ends: tuple[str, str],
-        shape: tuple[int, ...] = (12, 10),
-        *,
-        scale: float = 1.0,
-        alpha: Tensor | None = None,
-        groups: int = 1,
-        rank: int = RANK,
-        dtype: torch.dtype = torch.float32,
-    ) -> File:
-        """A pair with random values and ΔW of this ``scale``; A's keys end with ``ends[0]``, B's with ``ends[1]``."""
-        generator = torch.Generator().manual_seed(len(self.tensors))
-        m, n, *kernel = shape
-        decay = torch.logspace(0, -2, rank // groups)[(..., *[None] * len(kernel))]
-        A = torch.randn(rank, n, *kernel, generator=generator).to(dtype)
-        B = (torch.randn(m, rank // groups, *[1] * len(kernel), generator=generator) * decay).to(dtype)
-        self.tensors |= {stem + ends[0]: A, stem + ends[1]: B}
-        if alpha is not None:
-            self.tensors[stem + ".alpha"] = alpha
-        self.modules[name] = Module(stem + ends[0], stem + ends[1], stem + ".alpha", scale * product(B, A))
-        return self
-
-    def also(self, key: str, tensor: Tensor) -> File:
-        """A tensor that is no part of a pair."""
-        self.tensors[key] = tensor
-        self.foreign.add(key)
-        return self
-
-    def save(self, path: Path) -> Path:
-        path.parent.mkdir(exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(self.tensors, path, {"format": "pt", **self.metadata})
-        else:
-            torch.save(self.tensors, path)
-        return path
-
-
-def product(B: Tensor, A: Tensor) -> Tensor:
-    """[m, n] in fp64 of B [m, r/g, 1…] and A [r, n, …], where B has fewer columns than A rows: block by block."""
-    A, B = A.double().flatten(1), B.double().flatten(1)
-    groups = len(A) // B.shape[1]
-    return (B.reshape(groups, -1, B.shape[1]) @ A.reshape(groups, B.shape[1], -1)).flatten(0, 1)
-
-
-def delta_in(tensors: Mapping[str, Tensor], module: Module) -> Tensor:
-    """ΔW as every reader of the written file forms it: times alpha / rank where there is an alpha."""
-    A, B = tensors[module.A], tensors[module.B]
-    alpha = tensors.get(module.alpha)
-    return product(B, A) * (1.0 if alpha is None else float(alpha) / len(A))
 
 
 def truncated(delta: Tensor, rank: int) -> Tensor:
@@ -112,166 +31,6 @@ def truncated(delta: Tensor, rank: int) -> Tensor:
 def header(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return dict(file.metadata())
-
-
-KOHYA = (".lora_down.weight", ".lora_up.weight")
-PEFT = (".lora_A.weight", ".lora_B.weight")
-UNET = "down_blocks.0.attentions.0.transformer_blocks.0."
-FLAT = "lora_unet_" + UNET.replace(".", "_")
-
-
-def number(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full(shape, value, dtype=dtype)
-
-
-def kohya() -> File:
-    file = File({"ss_network_dim": "4", "ss_network_alpha": "3.0", "ss_network_module": "networks.lora",
-                 "ss_network_args": json.dumps({"conv_dim": "4", "conv_alpha": "1", "dropout": "0.1"}),
-                 "sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "ss_tag": "ä"})  # fmt: skip
-    file.add(f"unet.{UNET}attn1.to_q", f"{FLAT}attn1_to_q", KOHYA, alpha=number(3), scale=3 / RANK)
-    file.add(f"unet.{UNET}attn1.to_v", f"{FLAT}attn1_to_v", KOHYA, alpha=number(2, 1), scale=2 / RANK)
-    file.add(f"unet.{UNET}attn2.to_v", f"{FLAT}attn2_to_v", KOHYA, alpha=number(-2.5), scale=-2.5 / RANK)
-    file.add("unet.down_blocks.0.attentions.0.proj_in", "lora_unet_down_blocks_0_attentions_0_proj_in", KOHYA,
-             (12, 10, 1, 1), alpha=number(8, dtype=torch.float16), scale=2)  # fmt: skip
-    file.add("unet.down_blocks.0.resnets.0.conv1", "lora_unet_down_blocks_0_resnets_0_conv1", KOHYA, (12, 10, 3, 3),
-             alpha=number(1), scale=1 / 6, rank=6)  # fmt: skip
-    name = "text_model.encoder.layers.0.self_attn.q_proj"
-    file.add(f"text_encoder.{name}", f"lora_te_{name.replace('.', '_')}", KOHYA)  # no alpha: kohya takes the rank
-    return file
-
-
-def kohya_bf16() -> File:
-    file = File({"ss_network_dim": "4", "ss_network_alpha": "5"})
-    for i in range(3):
-        file.add(f"transformer.double_blocks.{i}.img_attn.qkv", f"lora_unet_double_blocks_{i}_img_attn_qkv", KOHYA,
-                 alpha=number(5, dtype=torch.bfloat16), scale=5 / RANK, dtype=torch.bfloat16)  # fmt: skip
-    return file
-
-
-def tucker() -> File:
-    file = File(rounding=1e-6)  # of A, the product of two tensors, in fp32
-    file.add("unet.mid_block.resnets.0.conv1", "lora_unet_mid_block_resnets_0_conv1", KOHYA, (12, 10, 1, 1),
-             alpha=number(2))  # fmt: skip
-    module = file.modules["unet.mid_block.resnets.0.conv1"]
-    mid = torch.randn(RANK, RANK, 3, 3)
-    file.tensors["lora_unet_mid_block_resnets_0_conv1.lora_mid.weight"] = mid
-    down, up = file.tensors[module.A].double(), file.tensors[module.B].double()
-    # As two convolutions after another: ΔW[o, i, k, l] = Σ up[o, r] mid[r, q, k, l] down[q, i].
-    dense = torch.einsum("or,rqkl,qi->oikl", up[:, :, 0, 0], mid.double(), down[:, :, 0, 0])
-    module.delta = 2 / RANK * dense.flatten(1)
-    return file
-
-
-def onetrainer() -> File:
-    file = File()
-    stem = "lora_transformer_single_transformer_blocks_1_attn_to_k"
-    file.add("transformer.single_transformer_blocks.1.attn.to_k", stem, KOHYA, alpha=number(1), scale=1 / RANK)
-    file.also(f"{stem}.dora_scale", torch.rand(1, 10))
-    stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-    file.add("text_encoder.text_model.encoder.layers.0.mlp.fc1", stem, KOHYA, alpha=number(1), scale=1 / RANK)
-    return file.also(f"{stem}.dora_scale", torch.rand(12, 1)).also("bundle_emb.x.string_to_param", torch.rand(2, 5))
-
-
-def diffusers_old() -> File:
-    file = File()
-    processor = UNET + "attn1.processor.to_"
-    file.add(f"unet.{UNET}attn1.to_q", f"{processor}q", ("_lora.down.weight", "_lora.up.weight"))
-    return file.add(f"unet.{UNET}attn1.to_out.0", f"{processor}out", ("_lora.down.weight", "_lora.up.weight"))
-
-
-def diffusers() -> File:
-    file = File()
-    stem = f"unet.{UNET}attn1.to_k"
-    file.add(stem, stem, (".lora.down.weight", ".lora.up.weight"), alpha=number(6), scale=6 / RANK)
-    stem = "text_encoder.text_model.encoder.layers.1.mlp.fc2"
-    return file.add(stem, stem, (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"))
-
-
-def diffusers_alike() -> File:
-    flat = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.target_modules": ["to_q"]}
-    file = File({"lora_adapter_metadata": json.dumps(flat)})
-    for i in range(9):
-        name = f"transformer.transformer_blocks.{i}.attn.to_q"
-        file.add(name, name, PEFT)
-    return file
-
-
-def diffusers_one_model() -> File:
-    """As a model saves it without its pipeline: no component before keys and settings."""
-    settings = {"r": 4, "lora_alpha": 2, "target_modules": ["to_q"], "alpha_pattern": {"attn2.to_q": 3}}
-    file = File({"lora_adapter_metadata": json.dumps(settings)})
-    file.add(f"unet.{UNET}attn1.to_q", f"{UNET}attn1.to_q", PEFT, scale=2 / 4)
-    file.add(f"unet.{UNET}attn2.to_q", f"{UNET}attn2.to_q", PEFT, scale=3 / 4)
-    return file.add("blocks.0.attn1.to_q", "blocks.0.attn1.to_q", PEFT, scale=2 / 4)
-
-
-def diffusers_metadata() -> File:
-    rules = {"r": 4, "lora_alpha": 6, "use_rslora": False, "target_modules": ["to_q", "to_k"], "bias": "none",
-             "rank_pattern": {"attn2.to_k": 2}, "alpha_pattern": {"attn2.to_k": 5}, "lora_dropout": 0.0}  # fmt: skip
-    encoder = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["q_proj"]}
-    flat = {f"unet.{k}": v for k, v in rules.items()} | {f"text_encoder_2.{k}": v for k, v in encoder.items()}
-    file = File({"lora_adapter_metadata": json.dumps(flat), "note": "kept"})
-    file.add(f"unet.{UNET}attn1.to_q", f"unet.{UNET}attn1.to_q", PEFT, scale=6 / 4)
-    file.add(f"unet.{UNET}attn2.to_k", f"unet.{UNET}attn2.to_k", PEFT, scale=5 / 2, rank=2)
-    name = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
-    return file.add(name, name, PEFT, scale=8 / 4**0.5)
-
-
-def comfyui() -> File:
-    file = File()
-    for i, name in enumerate(("img_attn.proj", "img_mlp.0")):
-        file.add(f"transformer.double_blocks.{i}.{name}", f"diffusion_model.double_blocks.{i}.{name}", KOHYA,
-                 alpha=number(16), scale=4)  # fmt: skip
-    return file
-
-
-def ai_toolkit() -> File:
-    file = File({"software": '{"name": "ai-toolkit"}', "version": "1.0"})
-    for i, name in enumerate(("img_attn.proj", "txt_mlp.2")):
-        file.add(f"transformer.double_blocks.{i}.{name}", f"diffusion_model.double_blocks.{i}.{name}", PEFT)
-    return file
-
-
-def qwen() -> File:
-    name = "transformer_blocks.0.attn.to_k"
-    return File().add(f"transformer.{name}", name, KOHYA, alpha=number(16), scale=4)
-
-
-def peft_keys() -> File:
-    file = File()
-    file.add("model.layers.0.mlp.up_proj", "base_model.model.model.layers.0.mlp.up_proj", PEFT)
-    file.add("grouped", "base_model.model.grouped", PEFT, (6, 2, 3, 3), groups=2)
-    return file.add(
-        "model.embed_tokens", "base_model.model.model.embed_tokens", (".lora_embedding_A", ".lora_embedding_B")
-    )
-
-
-def peft_default() -> File:
-    stem = "base_model.model.model.layers.0.mlp.up_proj"
-    return File().add(stem[17:], stem, (".lora_A.default.weight", ".lora_B.default.weight"), dtype=torch.float16)
-
-
-def cloneofsimo() -> File:
-    file = File({"unet": '["CrossAttention", "Attention", "GEGLU"]', "<word>": "<embed>"})
-    for i in range(11):
-        file.add(f"unet.{i}", f"unet:{i}", (":down", ":up"), rank=2 + i % 3)
-        file.metadata[f"unet:{i}:rank"] = str(2 + i % 3)
-    file.add("text_encoder.0", "text_encoder:0", (":down", ":up"))
-    file.metadata["text_encoder:0:rank"] = "4"
-    return file.also("<word>", torch.rand(768))
-
-
-def loralib() -> File:
-    file = File()
-    file.add("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_attn", (".lora_A", ".lora_B"), (12, 10), groups=2)
-    return file.add("transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_fc", (".lora_A", ".lora_B"))
-
-
-STYLES: tuple[Callable[[], File], ...] = (
-    kohya, kohya_bf16, tucker, onetrainer, comfyui, ai_toolkit, qwen,
-    diffusers_old, diffusers, diffusers_alike, diffusers_one_model, diffusers_metadata,
-    peft_keys, peft_default, cloneofsimo, loralib,
-)  # fmt: skip
 
 
 @pytest.fixture(params=STYLES, ids=lambda style: style.__name__)
@@ -359,3 +118,262 @@ def test_size_is_an_upper_bound(tmp_path: Path, style: Callable[[], File]) -> No
     layout = read_adapter(source).layout(metadata=header(tmp_path / "whole.safetensors")["para_ext"])
     ranks = {f.name: f.rank for f in read_adapter(tmp_path / "whole.safetensors").factors}
     assert layout.bytes(ranks) == whole if not told else layout.bytes(ranks) >= whole
+
+
+# Headers
+
+
+def test_kohya_hashes_and_dims(tmp_path: Path) -> None:
+    """sshs_model_hash is SHA-256 of all that follows the header; sshs_legacy_hash of 64 KiB at 1 MiB of the file."""
+    file = File({"ss_network_dim": "64", "ss_network_alpha": "32", "ss_steps": "9", "sshs_model_hash": "?",
+                 "sshs_legacy_hash": "?", "modelspec.title": "x"})  # fmt: skip
+    for i in range(4):
+        file.add(f"unet.down_blocks.{i}.proj_in", f"lora_unet_down_blocks_{i}_proj_in", KOHYA, (2100, 2000),
+                 rank=64, alpha=number(32), scale=0.5)  # fmt: skip
+    source = file.save(tmp_path / "lora.safetensors")
+    para_ext.compress_adapter(source, tmp_path / "same.safetensors", rank=32)
+    para_ext.compress_adapter(source, tmp_path / "mixed.safetensors", total_rank=101)
+    for name, dim, alpha in (("same", "32", "32.0"), ("mixed", "Dynamic", "28.0")):
+        path = tmp_path / f"{name}.safetensors"
+        new, tensors = header(path), load_file(path)
+        if name == "mixed":
+            alpha = str(float(max(len(t) for key, t in tensors.items() if "down.w" in key)))
+        assert (new["ss_network_dim"], new["ss_network_alpha"], new["ss_steps"]) == (dim, alpha, "9")
+        trained = save(tensors, {key: value for key, value in new.items() if key.startswith("ss_")})
+        data = trained[8 + int.from_bytes(trained[:8], "little") :]
+        assert len(trained) > 0x110000
+        assert new["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+        assert new["sshs_legacy_hash"] == hashlib.sha256(trained[0x100000:0x110000]).hexdigest()[:8]
+
+
+def test_cloneofsimo_keeps_every_module_and_tells_ranks(tmp_path: Path) -> None:
+    """Its readers count modules, and build each with the rank that the header gives it."""
+    file = File()
+    for i in range(4):
+        file.add(f"unet.{i}", f"unet:{i}", (":down", ":up"))
+        file.metadata[f"unet:{i}:rank"] = "4"
+    file.tensors["unet:0:up"] *= 1e-3
+    source = file.save(tmp_path / "lora.safetensors")
+    report = para_ext.compress_adapter(source, tmp_path / "out.safetensors", energy=0.97)
+    assert any("counts modules" in note for note in report.notes)
+    new, ranks = load_file(tmp_path / "out.safetensors"), header(tmp_path / "out.safetensors")
+    assert {int(ranks[f"unet:{i}:rank"]) for i in range(4)} > {1}
+    for i in range(4):
+        assert new[f"unet:{i}:down"].shape[0] == new[f"unet:{i}:up"].shape[1] == int(ranks[f"unet:{i}:rank"])
+
+
+def test_pipeline_settings_follow_the_ranks(tmp_path: Path) -> None:
+    file = File({"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8, "unet.lora_dropout": 0.5,
+                                                      "unet.target_modules": ["to_q"]})})  # fmt: skip
+    for i in range(4):
+        name = f"unet.down_blocks.{i}.attn.to_q"
+        file.add(name, name, PEFT)
+        file.tensors[name + PEFT[1]] *= 10.0**-i
+    para_ext.compress_adapter(file.save(tmp_path / "lora.safetensors"), tmp_path / "out.safetensors", energy=0.9999)
+    new = load_file(tmp_path / "out.safetensors")
+    ranks = {key[5 : -len(PEFT[0])]: len(value) for key, value in new.items() if key.endswith(PEFT[0])}
+    assert len(set(ranks.values())) > 1
+    settings = json.loads(header(tmp_path / "out.safetensors")["lora_adapter_metadata"])
+    largest = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != largest}
+    assert settings["unet.r"] == settings["unet.lora_alpha"] == largest
+    assert settings["unet.rank_pattern"] == settings["unet.alpha_pattern"] == others
+    assert sorted(settings["unet.target_modules"]) == sorted(ranks)
+    assert settings["unet.lora_dropout"] == 0.5
+    assert {f.scale for f in read_adapter(tmp_path / "out.safetensors").factors} == {1.0}
+
+
+# Where it goes
+
+
+def small() -> File:
+    return File({"ss_tag": "x"}).add("unet.down_blocks.0.proj_in", "lora_unet_down_blocks_0_proj_in", KOHYA)
+
+
+def test_file_or_folder(tmp_path: Path) -> None:
+    source = small().save(tmp_path / "in" / "my.safetensors")
+    (tmp_path / "in" / "README.md").write_text("card")
+    para_ext.compress_adapter(source, tmp_path / "one.safetensors", rank=2)
+    para_ext.compress_adapter(source, tmp_path / "folder", rank=2)
+    para_ext.compress_adapter(tmp_path / "in", tmp_path / "along", rank=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["along", "folder", "in", "one.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["my.safetensors", "para_ext.json"]
+    assert sorted(p.name for p in (tmp_path / "along").iterdir()) == ["README.md", "my.safetensors", "para_ext.json"]
+    files = [load_file(path) for path in (tmp_path / "one.safetensors", tmp_path / "folder" / "my.safetensors")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert para_ext.verify(tmp_path / "folder", tmp_path / "one.safetensors").error == 0
+
+
+def test_overwrite(tmp_path: Path) -> None:
+    source = small().save(tmp_path / "my.safetensors")
+    file, folder = tmp_path / "out.safetensors", tmp_path / "out"
+    for out in (file, folder):
+        para_ext.compress_adapter(source, out, rank=2)
+        with pytest.raises(ParaError, match=r"exists: give a new .*--overwrite"):
+            para_ext.compress_adapter(source, out, rank=1)
+        para_ext.compress_adapter(source, out, rank=1, overwrite=True)
+        assert {f.rank for f in read_adapter(out).factors} == {1}
+    for out, why in (
+        (source, "is what is read"),
+        (tmp_path, "holds .*, which is read"),
+        (tmp_path / "x.bin", "would be a folder here"),
+    ):
+        with pytest.raises(ParaError, match=why):
+            para_ext.compress_adapter(source, out, rank=1)
+    file.unlink()
+    file.symlink_to(source)
+    with pytest.raises(ParaError, match=r"is what is read|not a regular file"):
+        para_ext.compress_adapter(source, file, rank=1, overwrite=True)
+    with pytest.raises(ParaError, match="is one file, but several keep values"):
+        para_ext.compress_adapter(source, tmp_path / "new.safetensors", keep=[0.5, 0.25])
+
+
+def test_everything_dropped_leaves_one_pair_of_zeros(tmp_path: Path) -> None:
+    file = small().add("unet.mid_block.proj_in", "lora_unet_mid_block_proj_in", KOHYA, (8, 6, 3, 3), alpha=number(4))
+    file.tensors = {key: t if "alpha" in key else 0 * t for key, t in file.tensors.items()}
+    para_ext.compress_adapter(file.save(tmp_path / "lora.safetensors"), tmp_path / "out.safetensors")
+    new = load_file(tmp_path / "out.safetensors")
+    assert {key: list(t.shape) for key, t in new.items() if key.endswith("weight")} == {
+        "lora_unet_down_blocks_0_proj_in.lora_down.weight": [1, 10],
+        "lora_unet_down_blocks_0_proj_in.lora_up.weight": [12, 1],
+    }
+    assert all(t.numel() for t in new.values())
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
+def test_pickles_become_safetensors(tmp_path: Path, suffix: str) -> None:
+    file = File().add("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_attn", (".lora_A", ".lora_B"), groups=2)
+    report = para_ext.compress_adapter(file.save(tmp_path / f"gpt2{suffix}"), tmp_path / "out", keep=1.0)
+    new = load_file(tmp_path / "out" / "gpt2.safetensors")
+    assert new.keys() == file.tensors.keys()
+    assert all(torch.equal(new[key], tensor) for key, tensor in file.tensors.items())
+    assert any("no alpha" in note for note in report.notes)
+
+
+def test_peft_keys_with_and_without_a_config(tmp_path: Path) -> None:
+    """The scale is the config's, where one lies beside the file."""
+    file = File().add("layers.0.q_proj", "base_model.model.layers.0.q_proj", PEFT)
+    source = file.save(tmp_path / "lora" / "weights.safetensors")
+    assert read_adapter(source).factors[0].scale == read_adapter(source.parent).factors[0].scale == 1
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 10, "target_modules": ["q_proj"]}
+    (source.parent / "adapter_config.json").write_text(json.dumps(config))
+    assert read_adapter(source).factors[0].scale == 2.5
+    para_ext.compress_adapter(source, tmp_path / "out", rank=2)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "para_ext.json"]  # fmt: skip
+    source.rename(source.with_name("adapter_model.safetensors"))
+    with pytest.raises(ParaError, match="is the tensor file of an adapter: give its folder"):
+        read_adapter(source.with_name("adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("ends", "magnitude"),
+    [
+        (KOHYA, "dora_scale"),
+        (PEFT, "lora_magnitude_vector"),
+        (PEFT, "lora_magnitude_vector.weight"),
+        ((".lora_A.default.weight", ".lora_B.default.weight"), "lora_magnitude_vector.default.weight"),
+    ],
+)
+def test_dora_is_never_dropped(tmp_path: Path, ends: tuple[str, str], magnitude: str) -> None:
+    file = File()
+    for name, size in (("a", 1.0), ("b", 1e-6), ("c", 1e-6)):
+        file.add(f"x.{name}", f"lora_unet_{name}", ends)
+        file.tensors[f"lora_unet_{name}{ends[1]}"] *= size
+    file.also(f"lora_unet_b.{magnitude}", torch.rand(12, 1))
+    report = para_ext.compress_adapter(file.save(tmp_path / "lora.safetensors"), tmp_path / "out.safetensors")
+    new = load_file(tmp_path / "out.safetensors")
+    assert {key for key in new if key.endswith(ends[0])} == {f"lora_unet_{x}{ends[0]}" for x in "ab"}
+    assert torch.equal(new[f"lora_unet_b.{magnitude}"], file.tensors[f"lora_unet_b.{magnitude}"])
+    assert any("DoRA" in note for note in report.notes)
+
+
+# Refusals
+
+
+def pair(stem: str = "lora_unet_mid_block_proj_in", m: int = 6, n: int = 5, r: int = 2) -> dict[str, Tensor]:
+    return {f"{stem}.lora_down.weight": torch.ones(r, n), f"{stem}.lora_up.weight": torch.ones(m, r)}
+
+
+ONE = "lora_unet_mid_block_proj_in"
+REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
+    "half a pair": ({**pair(), "x.lora_down.weight": torch.ones(2, 3)}, "no 'x.lora_up.weight', the other half"),
+    "twice": ({**pair("lora_unet_mid_block_attentions_0_proj_in"), **pair("lora_unet_middle_block_1_proj_in")},
+              "holds module 'unet.mid_block.attentions.0.proj_in' twice, also as"),
+    "LoKr": ({**pair(), "y.lokr_w1": torch.ones(2, 2)}, "'y.lokr_w1' looks like LoKr"),
+    "LoHa": ({**pair(), "y.hada_w1_a": torch.ones(2, 2)}, "'y.hada_w1_a' looks like LoHa"),
+    "LoKr alone": ({"y.lokr_w1": torch.ones(2, 2), "y.alpha": torch.ones(())}, "LoKr tensors but no LoRA pair"),
+    "no adapter": ({"model.weight": torch.ones(2, 2)}, "no LoRA pair: give a LoRA adapter"),
+    "alpha NaN": ({**pair(), f"{ONE}.alpha": torch.tensor(float("nan"))}, "scale is nan"),
+    "alpha inf": ({**pair(), f"{ONE}.alpha": torch.tensor(float("inf"))}, "scale is inf"),
+    "alpha 0": ({**pair(), f"{ONE}.alpha": torch.zeros(())}, "is 0, which some programs read as no effect"),
+    "two alphas": ({**pair(), f"{ONE}.alpha": torch.ones(2)}, r"has shape \[2\]: give one number"),
+    "stray alpha": ({**pair(), "y.alpha": torch.ones(())}, "'y.alpha' looks like a part of a LoRA"),
+    "reshape": ({**pair(), f"{ONE}.reshape_weight": torch.ones(2)}, "reshape_weight' looks like a part"),
+    "ranks differ": ({**pair(), f"{ONE}.lora_up.weight": torch.ones(6, 3)}, "which don't fit"),
+    "2-D grouped": ({**pair(r=4), f"{ONE}.lora_up.weight": torch.ones(6, 2)}, "which don't fit"),
+    "1-D": ({**pair(), f"{ONE}.lora_down.weight": torch.ones(2)}, "which don't fit"),
+    "3-D and 2-D": ({**pair(), f"{ONE}.lora_down.weight": torch.ones(2, 5, 1)}, "which don't fit"),
+    "wide up": ({f"{ONE}.lora_down.weight": torch.ones(2, 5, 3, 3), f"{ONE}.lora_up.weight": torch.ones(6, 2, 3, 3)},
+                "which don't fit"),
+    "empty": ({**pair(r=0)}, "which don't fit"),
+    "mid": ({**pair(), f"{ONE}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "lora_mid is .* which do not fit"),
+    "NaN": ({**pair(), f"{ONE}.lora_up.weight": torch.full((6, 2), float("nan"))}, "NaN"),
+    "integers": ({**pair(), f"{ONE}.lora_up.weight": torch.ones(6, 2, dtype=torch.int32)}, "dtype int32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_are_one_line(tmp_path: Path, name: str) -> None:
+    tensors, why = REFUSED[name]
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(ParaError, match=why) as refusal:
+        para_ext.compress_adapter(tmp_path / "lora.safetensors", tmp_path / "out.safetensors")
+    assert "\n" not in str(refusal.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "is not a JSON object"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"unet.lora_alpha": 4}', "has no r"),
+        ('{"unet.r": 4, "unet.lora_alpha": "x"}', "lora_alpha is 'x', but must be a number"),
+        ('{"unet.r": 8, "unet.lora_alpha": 8}', "has rank 4, but the file's settings give it another"),
+        ('{"unet.r": 4, "unet.lora_alpha": 8, "unet.rank_pattern": {"(": 4}}', "is not a regular expression"),
+        ('{"r": 4}', "has no lora_alpha"),
+        ("4", "is not a JSON object"),
+    ],
+)
+def test_bad_settings(tmp_path: Path, settings: str, why: str) -> None:
+    file = File({"lora_adapter_metadata": settings}).add("unet.x", "unet.x", PEFT)
+    with pytest.raises(ParaError, match=why) as refusal:
+        read_adapter(file.save(tmp_path / "lora.safetensors"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    whole = small().save(tmp_path / "lora.safetensors").read_bytes()
+    path = tmp_path / "bad.safetensors"
+    for content, why in (
+        (b"", "is empty"),
+        (whole[:-1], "not a whole safetensors file"),
+        (whole[:7], "not a whole safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ParaError, match=why):
+            read_adapter(path)
+    with pytest.raises(ParaError, match="does not exist"):
+        read_adapter(tmp_path / "none.safetensors")
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(ParaError, match="is not a tensor file"):
+        read_adapter(tmp_path / "x.txt")
+    with pytest.raises(ParaError, match=r"holds 2 tensor files, such as 'bad.safetensors': give one"):
+        read_adapter(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ParaError, match="holds no tensor file"):
+        read_adapter(tmp_path / "folder")

@@ -618,11 +618,9 @@ ADAPTERS = os.environ.get("PARA_EXT_TEST_ADAPTERS")
 def test_trained_adapters(tmp_path: Path) -> None:
     read = 0
     for folder in sorted(Path(ADAPTERS or "").iterdir()):
-        if not (folder / CONFIG).is_file():
-            with pytest.raises(ParaError):
-                read_adapter(folder)
+        if not (folder / CONFIG).is_file() or folder.name.startswith("ia3"):
             continue
-        adapter = read_adapter(folder)
+        adapter = read_peft(folder)
         check_factors(adapter.factors)
         read += 1
         for k in (0, 1, 2):

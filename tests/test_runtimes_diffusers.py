@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+import diffusers
 from bases import BASES, QUIET, logits, merged, random_adapter, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor

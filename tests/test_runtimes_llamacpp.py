@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("xllamacpp")
+pytest.importorskip("peft")
+
 import gguf
 import llamacpp
-import pytest
 from bases import QUIET, Base, causal, merged, random_adapter, relative_error, tokens
 from llamacpp import MODELS, TOLERANCE, computed, expected, write_base
 
@@ -52,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
             model = MODELS[name].build()
             model.config.save_pretrained(folder)
             write_base(model, folder / "base.gguf")
-            cases[name] = Case(name, folder, random_adapter(MODELS[name], folder / "adapter", embeddings=False))
+            cases[name] = Case(name, folder, random_adapter(MODELS[name], folder / "adapter"))
         return cases[name]
 
     return make
@@ -103,6 +107,7 @@ def test_sixteen_bits(made: Callable[[str], Case], dtype: str, tolerance: float,
     assert case.error({tmp_path / "small.gguf": 1.0}, report.ranks) <= tolerance
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "small.gguf").tensors}
     assert kinds == {{"fp16": "F16", "bf16": "BF16"}[dtype]}
+    assert any("16 bits" in note for note in report.notes)
 
 
 # --- what would be wrong without a word -------------------------------------------------------------------------------

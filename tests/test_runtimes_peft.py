@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import para_ext
 from para_ext.report import Report
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
-from bases import BASES, QUIET, Base, logits, merged, random_adapter, relative_error  # noqa: E402
+from bases import BASES, QUIET, Base, logits, merged, random_adapter, relative_error, save  # noqa: E402
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.usefixtures("one_thread")]
 
 PATTERNS = {
     "rank_pattern": {"k_proj": 8, "layers.1.self_attn.q_proj": 4},
@@ -28,12 +31,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama rslora": ("llama", {"use_rslora": True}),
     "llama patterns": ("llama", PATTERNS),
     "llama rslora patterns": ("llama", {"use_rslora": True} | PATTERNS),
+    # Whatever is missing in the file would be random.
+    "llama uninitialised": ("llama", {"init_lora_weights": False}),
     "llama embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "mixtral rslora": ("mixtral", {"use_rslora": True}),
 }
 TRANSFORMERS = [case for case, (base, _) in CASES.items() if base != "unet"]
 # With few modules, or with experts that share one rank, no module is so weak that all of it goes.
-NOTHING_DROPPED = ("mixtral", "mixtral rslora", "text_encoder")
+NOTHING_DROPPED = ("mixtral", "mixtral rslora")
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,134 @@ def test_transformers_computes_the_truncated_update(compressed: Callable[[str], 
     model = made.base.build()
     model.load_adapter(str(made.small))
     assert made.error(model.eval(), made.report.ranks) <= 1e-5
+
+
+@pytest.mark.parametrize("target", ["vllm", "trtllm", "uniform"])
+@pytest.mark.parametrize("case", ["llama patterns", "llama embedding", "qwen2", "gpt2", "text_encoder"])
+def test_folders_for_servers_are_right_in_peft_too(
+    compressed: Callable[[str], Compressed], case: str, target: str, tmp_path: Path
+) -> None:
+    made = compressed(case)
+    report = para_ext.compress_adapter(made.original, tmp_path / "small", keep=0.6, target=target)
+    assert (len(set(report.ranks.values())) == 1) == (target == "uniform")
+    assert made.error(made.loaded(tmp_path / "small"), report.ranks) <= 1e-5
+    para_ext.convert_adapter(made.original, tmp_path / "whole", target)
+    assert made.error(made.loaded(tmp_path / "whole"), None) <= 1e-5
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 4, 7], [3, 9]], ids=str)
+def test_uniform_folders_keep_the_rules_of_servers(layers: list[int], tmp_path: Path) -> None:
+    """SGLang and LMDeploy: leaf names, and exactly r of every one in every layer; LoRAX and TGI: no padded rank."""
+    base = BASES["llama"]
+    config = base.build().config
+    config.save_pretrained(tmp_path / "base")
+    leaves = ["q_proj", "v_proj", "down_proj"]
+    original = random_adapter(
+        base, tmp_path / "original", target_modules=leaves, layers_to_transform=layers, use_rslora=True
+    )
+    small = tmp_path / "small"
+    report = para_ext.compress_adapter(original, small, energy=0.9, target="uniform", base=tmp_path / "base")
+    settings = json.loads((small / "adapter_config.json").read_text())
+    rank = settings["r"]
+    assert rank in {8, *range(16, 513, 16)}
+    assert settings["lora_alpha"] == rank and not settings["use_rslora"]
+    assert sorted(settings["target_modules"]) == sorted(leaves)
+    assert not any(settings[key] for key in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform"))
+    tensors = load_file(small / "adapter_model.safetensors")
+    modules = {name for name, _ in base.build().named_modules() if name.endswith(tuple(leaves))}
+    assert tensors.keys() == {f"base_model.model.{name}.lora_{which}.weight" for name in modules for which in "AB"}
+    assert {tensor.shape["B" in key.rsplit(".", 2)[1]] for key, tensor in tensors.items()} == {rank}
+    reference = merged(base.build(), original, report.ranks)
+    model = peft.PeftModel.from_pretrained(base.build(), small).eval()
+    assert relative_error(logits(model, base.inputs()), logits(reference, base.inputs())) <= 1e-5
+
+
+def test_uniform_folders_can_be_swapped(tmp_path: Path) -> None:
+    """In place, without another compilation; folders with ranks of their own are refused by PEFT, not mixed up."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    base, swapped = BASES["llama"], {}
+    for seed in (1, 2):
+        original = random_adapter(base, tmp_path / f"original-{seed}", seed=seed)
+        swapped[seed] = para_ext.compress_adapter(original, tmp_path / f"uniform-{seed}", rank=8, target="uniform")
+        para_ext.compress_adapter(original, tmp_path / f"small-{seed}", keep=0.4)
+    model = peft.PeftModel.from_pretrained(base.build(), tmp_path / "uniform-1")
+    hotswap_adapter(model, str(tmp_path / "uniform-2"), "default")
+    reference = merged(base.build(), tmp_path / "original-2", swapped[2].ranks)
+    assert relative_error(logits(model.eval(), base.inputs()), logits(reference, base.inputs())) <= 1e-5
+    model = peft.PeftModel.from_pretrained(base.build(), tmp_path / "small-1")
+    with pytest.raises(ValueError, match="alpha_pattern"):
+        hotswap_adapter(model, str(tmp_path / "small-2"), "default")
+
+
+@pytest.mark.parametrize(
+    "case", ["llama rslora patterns", "llama embedding", "qwen2", "gpt2", "bert", "vit", "mixtral", "text_encoder"]
+)
+def test_merged(compressed: Callable[[str], Compressed], case: str, tmp_path: Path) -> None:
+    """The model's own class loads the folder; no LoRA is left."""
+    made = compressed(case)
+    base = made.base.build()
+    save(base, tmp_path / "base")
+    report = para_ext.compress_adapter(
+        made.original, tmp_path / "merged", keep=0.4, target="merged", base=tmp_path / "base"
+    )
+    assert report.ranks == made.report.ranks
+    assert made.error(type(base).from_pretrained(tmp_path / "merged").eval(), report.ranks) <= 1e-5
+
+
+def experts_one_by_one(folder: Path, rank: int = 6, alpha: float = 9.0) -> tuple[Path, dict[str, torch.Tensor]]:
+    """An adapter of a Mixtral as transformers before 5 had it, one pair per expert and projection; ΔW by module."""
+    model = BASES["mixtral"].build()
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner = model.config.hidden_size, model.config.intermediate_size
+    tensors, deltas = {}, {}
+    for layer in range(model.config.num_hidden_layers):
+        for expert in range(model.config.num_local_experts):
+            for name, m, n in (("w1", inner, hidden), ("w2", hidden, inner), ("w3", inner, hidden)):
+                module = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                decay = torch.logspace(0, -3, rank)
+                B = torch.randn(m, rank, generator=generator) * decay / m**0.5
+                A = torch.randn(rank, n, generator=generator) / n**0.5
+                tensors[f"base_model.model.{module}.lora_A.weight"] = A
+                tensors[f"base_model.model.{module}.lora_B.weight"] = B
+                deltas[module] = alpha / rank * B.double() @ A.double()
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder, deltas
+
+
+def with_experts(deltas: dict[str, torch.Tensor], ranks: dict[str, int] | None) -> Any:
+    """The merged reference for them."""
+    model = BASES["mixtral"].build()
+    inner = model.config.intermediate_size
+    for module, delta in deltas.items():
+        if ranks is not None:
+            U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+            delta = U[:, : ranks[module]] * S[: ranks[module]] @ Vh[: ranks[module]]
+        _, _, layer, _, _, expert, name = module.split(".")
+        experts = model.model.layers[int(layer)].mlp.experts
+        weight = experts.down_proj if name == "w2" else experts.gate_up_proj
+        rows = {"w1": slice(inner), "w2": slice(None), "w3": slice(inner, None)}[name]
+        with torch.no_grad():
+            weight[int(expert)][rows] += delta.float()
+    return model
+
+
+def test_experts_one_by_one(tmp_path: Path) -> None:
+    """PEFT makes one pair of all experts' when it loads them, for which they must have one rank."""
+    original, deltas = experts_one_by_one(tmp_path / "original")
+    inputs = BASES["mixtral"].inputs()
+
+    def error(folder: Path, ranks: dict[str, int] | None) -> float:
+        model = peft.PeftModel.from_pretrained(BASES["mixtral"].build(), folder).eval()
+        return relative_error(logits(model, inputs), logits(with_experts(deltas, ranks), inputs))
+
+    assert error(original, None) <= 1e-5
+    report = para_ext.compress_adapter(original, tmp_path / "small", keep=0.5)
+    assert set(report.ranks.values()) == {3}
+    assert error(tmp_path / "small", report.ranks) <= 1e-5
+    assert error(tmp_path / "small", None) > 2e-5
 
 
 @pytest.mark.parametrize("case", CASES)

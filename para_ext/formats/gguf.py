@@ -77,7 +77,8 @@ class GgufAdapter(Adapter[PeftSlot]):
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
         writer.add_string("para_ext", metadata)
-        for slot, A, B in self.pairs(factors):
+        pairs = self.pairs(factors)
+        for slot, A, B in pairs:
             if interleaved and slot.name.endswith(".q_proj"):
                 B = _interleaved(B, self.base.number("num_attention_heads"))
             elif interleaved and slot.name.endswith(".k_proj"):
@@ -89,7 +90,7 @@ class GgufAdapter(Adapter[PeftSlot]):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        sixteen = any(slot.A.dtype.itemsize == 2 for slot in self.slots) and code != "F32"
+        sixteen = any(A.dtype.itemsize == 2 or B.dtype.itemsize == 2 for _, A, B in pairs)
         return ["llama.cpp rounds activations to 16 bits where factors have 16; --dtype fp32 avoids it."] * sixteen
 
 
@@ -113,7 +114,10 @@ def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
     for slot in adapter.slots:
         targets[slot.name] = _targets(slot, names)
         if not all(targets[slot.name]):
-            raise ParaError(f"module '{slot.name}' has no place in a GGUF of a {base.kind}: use --target merged")
+            raise ParaError(
+                f"module '{slot.name}' has no place in a GGUF of '{base.folder}': give its own base model, "
+                f"or use --target merged"
+            )
         for target in targets[slot.name]:
             if target in taken or len(f"{target}.weight.lora_a") > _LONGEST_NAME:
                 raise ParaError(f"module '{slot.name}' is '{target}' in GGUF, which is taken: use --target merged")

@@ -33,7 +33,8 @@ from .tensors import read_tensors, recognise, writable_code
 SETTINGS = "lora_adapter_metadata"
 """Header key under which diffusers keeps PEFT's settings, ``{"unet.r": 8, "unet.lora_alpha": 16, …}``."""
 
-_MID, _ALPHA, _DORA = ".lora_mid.weight", ".alpha", (".dora_scale", ".lora_magnitude_vector.weight")
+_MID, _ALPHA = ".lora_mid.weight", ".alpha"
+_DORA = re.compile(r"\.(dora_scale|lora_magnitude_vector(\.weight|\.default\.weight)?)$")
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class KeyedAdapter(Adapter[KeyedSlot]):
             name = key.removesuffix(":rank").replace(":", ".")
             if name in ranks:
                 header[key] = str(ranks[name])
+        header.pop(SETTINGS, None)
         if self.settings:
             header[SETTINGS] = json.dumps(_settings(ranks, self.metadata.get(SETTINGS), longest), sort_keys=True)
         return header
@@ -194,13 +196,13 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
         raise ParaError(f"'{weights}' holds {recognise(tensors)} tensors but no LoRA pair: give a LoRA adapter")
     alphas = any(_alpha_key(slot.stem, tensors) for slot in slots)
     settings = _read_settings(metadata, weights)
-    dora = {slot.name for slot in slots if any(slot.stem + end in foreign for end in _DORA)}
+    dora = {_DORA.sub("", key) for key in foreign if _DORA.search(key)}
     named: dict[str, KeyedSlot] = {}
     for slot in slots:
         if slot.name in named:
             raise ParaError(f"'{weights}' holds module '{slot.name}' twice, also as '{slot.stem}': remove one")
         scale = _scale(slot, tensors, settings)
-        least = int(slot.style.needs_all or slot.name in dora or slot.stem + ".bias" in foreign)
+        least = int(slot.style.needs_all or slot.stem in dora or slot.stem + ".bias" in foreign)
         named[slot.name] = replace(slot, members=_members(slot, scale, least))
     used = {key for slot in slots if (key := _alpha_key(slot.stem, tensors))}
     foreign = {key: tensor for key, tensor in foreign.items() if key not in used}
@@ -224,7 +226,7 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
         notes=tuple(notes),
         tensor_file=weights.with_suffix(".safetensors").name,
         alphas=alphas,
-        settings=settings is not None,
+        settings=settings is not None and not alphas,  # diffusers refuses a file with both
     )
 
 
@@ -300,7 +302,7 @@ def _absorbed(stem: str, down: NDArray[Any], mid: NDArray[Any]) -> NDArray[Any]:
 
 def _members(slot: KeyedSlot, scale: float, least: int) -> tuple[LoraFactors, ...]:
     A, B = slot.A, slot.B
-    if A.ndim < 2 or A.ndim != B.ndim or 0 in A.shape or 0 in B.shape or set(B.shape[2:]) > {1}:
+    if A.ndim < 2 or A.ndim != B.ndim or 0 in A.shape or 0 in B.shape or not set(B.shape[2:]) <= {1}:
         fits = False
     else:
         count = A.shape[0] // B.shape[1]
@@ -397,8 +399,8 @@ def _settings(ranks: Mapping[str, int], old: str | None, longest: bool) -> dict[
         parts[part][module.removeprefix("text_model.")] = rank
     settings: dict[str, Any] = {}
     for part, of_part in parts.items():
-        config = {"target_modules": sorted(of_part), "exclude_modules": None, "layers_to_transform": None}
-        config = {**before.get(part, {}), **config, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        config = before.get(part, {}) | {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        config |= {"target_modules": sorted(of_part), "exclude_modules": None, "layers_to_transform": None}
         new = unit_scale_config(config, of_part)
         if longest:
             patterns = {f"^(?:{re.escape(name)})$": rank for name, rank in of_part.items()}

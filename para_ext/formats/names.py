@@ -55,6 +55,11 @@ _UNET = re.compile(
     r"(down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks|conv_in|conv_out"
     r"|time_embed(ding)?|label_emb|add_embedding)(?![a-z])"
 )
+# What language models that call themselves so have under "transformer", and diffusers' transformers have not.
+_LANGUAGE = re.compile(
+    r"transformer\.(h|layer|wte|wpe|ln_f|embedding|word_embeddings?|encoder|output_layer"
+    r"|blocks\.\d+\.(attn\.(Wqkv|out_proj)|ffn\.(up_proj|down_proj)))(\.|$)"
+)
 _DIT = re.compile(r"(single_)?(transformer_blocks|double_blocks|single_blocks|joint_blocks)(?![a-z])")
 
 
@@ -90,11 +95,15 @@ def placed(name: str) -> str:
 
 def original(name: str) -> bool:
     """Whether a module is named as in the model's first release, where diffusers' has other modules."""
-    return bool(re.match(r"transformer\.(double_blocks|single_blocks|joint_blocks|blocks)\.", name))
+    first = r"(double_blocks|single_blocks|joint_blocks|blocks\.\d+\.(self_attn|cross_attn|ffn\.\d))"
+    return bool(re.match(rf"transformer\.{first}(\.|$)", name))
 
 
 def matched(left: Iterable[str], right: Iterable[str]) -> dict[str, str]:
-    """The right adapter's names as the left one spells them, where dots, underscores or the component differ."""
+    """The right adapter's names as the left one spells them, where dots, underscores or the component differ.
+
+    No two get one name: a module of which the left one has none keeps its own.
+    """
     left, right = list(left), list(right)
     parts_left, parts_right = ({component(name) for name in names} for names in (left, right))
     # A PEFT folder for one model has no component in its names, a file for pipelines has.
@@ -103,14 +112,21 @@ def matched(left: Iterable[str], right: Iterable[str]) -> dict[str, str]:
     def flat(name: str) -> str:
         return (name.removeprefix(f"{component(name)}.") if bare else name).replace(".", "_")
 
-    spelt = {flat(name): name for name in left}
-    return {name: spelt.get(flat(name), name) for name in right}
+    ours, theirs = set(left), set(right)
+    spelt = {flat(name): name for name in left if name not in theirs}
+    return {name: name if name in ours else spelt.pop(flat(name), name) for name in right}
 
 
 def component(name: str) -> str:
     """The pipeline's model that the name begins with; empty where there is none."""
     first = name.partition(".")[0]
-    return first if first in COMPONENTS else ""
+    return first if first in COMPONENTS and not _LANGUAGE.match(name) else ""
+
+
+def has_dots(stem: str) -> bool:
+    """Whether :func:`canonical` knows where the dots of the name are, which kohya's spelling has none of."""
+    flat = next((stem.removeprefix(prefix) for prefix in _PREFIXES if stem.startswith(prefix)), None)
+    return flat is None or bool(dotted(flat))
 
 
 def dotted(flat: str) -> str:
@@ -139,14 +155,14 @@ def kohya(name: str, *, several_encoders: bool) -> str:
         rest = f"text_model.{rest}"  # as CLIP's are called in all kohya files
     flat = rest.replace(".", "_")
     if not model.startswith("text_encoder"):
-        return f"lora_unet_{flat}"
+        return f"lora_prior_unet_{flat}" if model == "prior" else f"lora_unet_{flat}"
     number = model.removeprefix("text_encoder_") if model != "text_encoder" else "1" if several_encoders else ""
     return f"lora_te{number}_{flat}"
 
 
 def _diffusers(name: str) -> str:
     """CompVis' block names as diffusers': input_blocks.4.1 is down_blocks.1.attentions.0."""
-    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)|middle_block\.(\d+)\.(.+)", name)
+    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)(?:\.(.+))?|middle_block\.(\d+)\.(.+)", name)
     if match is None:
         return name
     if match[5]:
@@ -156,9 +172,9 @@ def _diffusers(name: str) -> str:
             if place == 1
             else f"mid_block.resnets.{place // 2}.{_RESNET.get(rest, rest)}"
         )
-    side, number, place, rest = match[1], int(match[2]), int(match[3]), match[4]
-    if side == "input" and number == 0:
-        return "conv_in"
+    side, number, rest = match[1], int(match[2]), match[4]
+    if rest is None:
+        return "conv_in" if side == "input" and number == 0 else name
     block, layer = divmod(number - 1, 3) if side == "input" else divmod(number, 3)
     blocks = "down_blocks" if side == "input" else "up_blocks"
     if rest == "op":

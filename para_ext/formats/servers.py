@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..naming import module_type
+from . import names
 from .peft import PeftAdapter, PeftSlot
 
 UNIFORM_RANKS = (8, *range(16, 513, 16))
@@ -70,7 +71,7 @@ class VllmAdapter(PeftAdapter):
         if of_slots[largest] > VLLM_RANKS[-1]:
             raise ParaError(
                 f"module '{largest}' would have rank {of_slots[largest]}, but vLLM takes at most {VLLM_RANKS[-1]}: "
-                f"use --max-rank {VLLM_RANKS[-1]}"
+                f"compress with --max-rank {VLLM_RANKS[-1]}"
             )
 
     def fill(
@@ -100,38 +101,26 @@ def for_vllm(adapter: PeftAdapter) -> VllmAdapter:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UniformAdapter(PeftAdapter):
-    """One rank for all modules (or for all of one type), no patterns, and target_modules that are leaf names.
+    """One rank for all modules, no patterns, and target_modules that are leaf names.
 
-    Attributes:
-        uniform: "all", or "type" for LoRAX and TGI.
+    One rank per type would not do: LoRAX and TGI scale by the rank of the type that they load first.
     """
-
-    uniform: str = "all"
 
     @property
     def shaping(self) -> Mapping[str, Any]:
         """See :attr:`Adapter.shaping`."""
-        return {"uniform": self.uniform, "allowed_ranks": UNIFORM_RANKS}
+        return {"uniform": "all", "allowed_ranks": UNIFORM_RANKS}
 
     def new_config(self, ranks: Mapping[str, int], *, others: Collection[str] = ()) -> dict[str, Any]:
         """See :meth:`PeftAdapter.new_config`."""
-        if self.uniform == "type":
-            config = super().new_config(ranks, others=others)
-        else:
-            (rank,) = {slot.rank(k) for slot, k in zip(self.slots, self.ranks(ranks), strict=True)}
-            config = dict(self.config) | {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
-            config = super().new_config(ranks, others=others) | {"rank_pattern": {}, "alpha_pattern": {}}
-        modules = [slot.name for slot in self.slots if slot.role != "parameter"]
-        config["target_modules"] = sorted({module_type(name) for name in modules})
-        cleared = ("exclude_modules", "layers_to_transform", "layers_pattern")
-        return config | {key: None for key in cleared if key in config}
+        config = super().new_config(ranks, others=others) | {"rank_pattern": {}, "alpha_pattern": {}}
+        return _by_leaf({**config, "exclude_modules": None} if "exclude_modules" in config else config, self.slots)
 
 
-def uniform(adapter: PeftAdapter, by: str = "all", layers: int | None = None) -> UniformAdapter:
+def uniform(adapter: PeftAdapter, layers: int | None = None) -> UniformAdapter:
     """The same adapter with every adapted leaf in every layer: where one is missing, a pair of zeros.
 
     Args:
-        by: see :class:`UniformAdapter`.
         layers: how many the base model has; if None, up to the last one that is adapted.
 
     Raises:
@@ -147,7 +136,7 @@ def uniform(adapter: PeftAdapter, by: str = "all", layers: int | None = None) ->
     notes = adapter.notes
     if added:
         notes += (f"{len(added)} modules that the adapter lacks are there with zeros, so that every layer has all.",)
-    return UniformAdapter(**{**_fields(adapter), "slots": (*adapter.slots, *added), "notes": notes}, uniform=by)
+    return UniformAdapter(**{**_fields(adapter), "slots": (*adapter.slots, *added), "notes": notes})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -164,7 +153,7 @@ class TrtllmAdapter(PeftAdapter):
     def new_config(self, ranks: Mapping[str, int], *, others: Collection[str] = ()) -> dict[str, Any]:
         """See :meth:`PeftAdapter.new_config`."""
         config = super().new_config(ranks, others=others)
-        return config | {"alpha_pattern": {}}
+        return config | {"lora_alpha": max(self.ranks(ranks)), "alpha_pattern": {}}
 
 
 def for_trtllm(adapter: PeftAdapter) -> TrtllmAdapter:
@@ -179,7 +168,17 @@ def for_trtllm(adapter: PeftAdapter) -> TrtllmAdapter:
         raise ParaError(
             f"module '{several}' is no plain linear layer, which the target trtllm needs: use --target peft"
         )
-    return TrtllmAdapter(**_fields(adapter))
+    # By exclude_modules, because a target_modules that names what is kept would be no list of leaves.
+    config = {"exclude_modules": None, **_by_leaf(adapter.config, adapter.slots)}
+    return TrtllmAdapter(**{**_fields(adapter), "config": config})
+
+
+def _by_leaf(config: Mapping[str, Any], slots: Sequence[PeftSlot]) -> dict[str, Any]:
+    """The config with the leaf names of the slots for target_modules, which is all that some readers take."""
+    named = [slot.name for slot in slots if slot.role != "parameter"]
+    leaves = sorted({name if name.count(".") < 2 else module_type(name) for name in named})
+    cleared = {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}
+    return {**config, "target_modules": leaves, **cleared}
 
 
 def _fields(adapter: PeftAdapter) -> dict[str, Any]:
@@ -187,7 +186,7 @@ def _fields(adapter: PeftAdapter) -> dict[str, Any]:
 
 
 def _missing(slots: Sequence[PeftSlot], layers: int | None) -> list[PeftSlot]:
-    """Zero slots for modules that other layers have, where all of them have one shape.
+    """Zero slots for modules that other layers of a language model have, where all of them have one shape.
 
     Raises:
         ParaError: they have several, so that the missing one's is unknown.
@@ -196,12 +195,13 @@ def _missing(slots: Sequence[PeftSlot], layers: int | None) -> list[PeftSlot]:
     kinds: dict[tuple[str, str], dict[int, PeftSlot]] = defaultdict(dict)
     for slot in slots:
         match = re.match(r"((?:[^.]*[^.\d][^.]*\.)*?)(\d+)\.(.+)", slot.name)
-        if match and slot.role == "module":
+        if match and slot.role == "module" and not names.placed(slot.name):
             stacks[match[1]].add(int(match[2]))
             kinds[match[1], match[3]][int(match[2])] = slot
     added = []
     for (stack, rest), present in kinds.items():
-        last = layers if layers is not None else max(stacks[stack]) + 1
+        # config.json counts the layers of the language model; other stacks (a vision tower) have their own number.
+        last = layers if layers is not None and len(stacks) == 1 else max(stacks[stack]) + 1
         for layer in range(last):
             if layer in present:
                 continue

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParaError
-from ..naming import module_type
 from . import names
 from .adapter import Adapter, Slot
 from .base import BaseModel, read_base
@@ -23,11 +22,9 @@ class Wish:
     """What the caller asked for besides the target.
 
     Attributes:
-        uniform: "all" or "type".
         base: the base model's folder, or its config.json.
     """
 
-    uniform: str | None = None
     base: Path | None = None
 
     def model(self, target: str) -> BaseModel:
@@ -64,7 +61,8 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
         ParaError: it is for several models, which a PEFT folder can't be, or its modules' names are unknown.
     """
     if isinstance(adapter, PeftAdapter):
-        return adapter
+        return adapter if target == "peft" else _without_copies(adapter)
+    adapter = _apart(adapter)
     parts = sorted({names.component(slot.name) for slot in adapter.slots})
     if len(parts) > 1:
         raise ParaError(
@@ -86,7 +84,7 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({module_type(slot.name) for slot in slots}),
+        "target_modules": [slot.name for slot in slots],
         "exclude_modules": None,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -98,6 +96,16 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
     }
     notes = (*adapter.notes, "adapter_config.json was made up: name the base model in it.")
     return PeftAdapter(path=adapter.path, weights=adapter.weights, slots=tuple(slots), config=config, notes=notes)
+
+
+def _without_copies(adapter: PeftAdapter) -> PeftAdapter:
+    """The adapter without the base's own weights, which PEFT saves beside the factors of embeddings."""
+    copies = {f"{slot.path}.base_layer.weight" for slot in adapter.slots}
+    foreign = {key: tensor for key, tensor in adapter.foreign.items() if key not in copies}
+    if len(foreign) == len(adapter.foreign):
+        return adapter
+    note = "Copies of the base model's own weights (base_layer.weight) are left out."
+    return replace(adapter, foreign=foreign, notes=(*adapter.notes, note))
 
 
 def _peft(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
@@ -114,7 +122,7 @@ def _uniform(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
     from .servers import uniform
 
     layers = wish.model("uniform").layers if wish.base else None
-    return uniform(as_peft(adapter, "uniform"), wish.uniform or "all", layers)
+    return uniform(as_peft(adapter, "uniform"), layers)
 
 
 def _trtllm(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
@@ -124,17 +132,21 @@ def _trtllm(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
 
 
 def _diffusers(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
-    if isinstance(adapter, KeyedAdapter):
-        apart = tuple(unfused(adapter.slots))
-        notes = adapter.notes
-        if len(apart) > len(adapter.slots):
-            notes += ("Layers that diffusers has in several parts are written in parts, each with an A of its own.",)
-        adapter = replace(adapter, slots=apart, notes=notes)
     slots = [
         KeyedSlot(**_plain(slot), name=name, stem=name, style=PEFT_KEYS)
-        for slot, name in _pipeline(adapter, "diffusers")
+        for slot, name in _pipeline(_apart(adapter), "diffusers")
     ]
     return _single(adapter, slots, alphas=False, settings=True)
+
+
+def _apart(adapter: Adapter[Any]) -> Adapter[Any]:
+    """The adapter with the modules that diffusers has, where Flux's first release has one for several."""
+    if not isinstance(adapter, KeyedAdapter):
+        return adapter
+    slots, notes = tuple(unfused(adapter.slots)), adapter.notes
+    if len(slots) > len(adapter.slots):
+        notes += ("Layers that diffusers has in several parts are written in parts, each with an A of its own.",)
+    return replace(adapter, slots=slots, notes=notes)
 
 
 def _kohya(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
@@ -144,7 +156,9 @@ def _kohya(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
         KeyedSlot(**_plain(slot), name=name, stem=names.kohya(name, several_encoders=several), style=KOHYA)
         for slot, name in pipeline
     ]
-    return _single(adapter, anchored(slots, add=True), alphas=True, settings=False)
+    single = _single(adapter, anchored(slots, add=True), alphas=True, settings=False)
+    trained = {k: v for k, v in adapter.metadata.items() if k.startswith(("ss_", "sshs_", "modelspec."))}
+    return replace(single, metadata={**single.metadata, **trained})
 
 
 def _gguf(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
@@ -201,18 +215,23 @@ def _pipeline(adapter: Adapter[Any], target: str) -> list[tuple[Slot, str]]:
                 f"module '{slot.name}' is of no diffusion model that is known, which the target {target} is for: "
                 "use --target peft"
             )
-        if slot.embedding or slot.experts:
-            raise ParaError(f"module '{slot.name}' is no linear layer or convolution: use --target peft")
+        if slot.embedding or len(slot.members) > 1:
+            raise ParaError(f"module '{slot.name}' is no plain linear layer or convolution: use --target peft")
         pipeline.append((slot, name))
     return pipeline
 
 
 def _check_names(adapter: Adapter[Any], target: str) -> None:
     for slot in adapter.slots:
-        if "_" in slot.name and "." not in slot.name.removeprefix(names.component(slot.name) + "."):
+        if isinstance(slot, KeyedSlot) and not names.has_dots(slot.stem):
             raise ParaError(
                 f"module '{slot.name}' has a name whose dots are unknown, so that the target {target} can't be given "
                 "it: leave --target out to keep the names"
+            )
+        if len(slot.members) > 1 and slot.A.ndim == 2 and not slot.experts:
+            raise ParaError(
+                f"module '{slot.name}' is several layers in one, each with rows of its own in A, which the target "
+                f"{target} can't express: leave --target out"
             )
         if isinstance(slot, KeyedSlot) and slot.style.needs_all:
             raise ParaError(
