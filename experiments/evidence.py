@@ -65,7 +65,11 @@ def primary() -> Iterable[tuple[str, Cell]]:
 
 def more() -> Iterable[tuple[str, Cell]]:
     """Cells of what comes after it, the most telling first."""
-    for part in (partial(grid.compressions, chosen=("base-aware", "relative", "columns")), grid.energies):
+    for part in (
+        grid.energies,
+        partial(grid.compressions, chosen=("density-floor", "tempered", "relative", "base-aware")),
+        partial(grid.compressions, chosen=("columns",)),
+    ):
         for seed, name in itertools.product(grid.SEEDS, PRIMARY):
             yield from ((name, cell) for cell in part(name, seed))
     for seed, name in itertools.product(grid.SEEDS, PRIMARY):

@@ -21,6 +21,8 @@ LABELS = {
     "random": "random components",
     "base-aware": "σ/‖W₀‖₂",
     "relative": "σ/‖ΔW‖_F",
+    "density-floor": "PARA, σ²/(m+n), ranks ≥ 1",
+    "tempered": "σ²/((m+n)·‖ΔW‖_F)",
     "columns": "largest ‖b‖·‖a‖, no SVD",
     "adalora": "AdaLoRA trained to the budget",
     "energy-sigma": "PARA, σ, by energy",

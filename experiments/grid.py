@@ -263,7 +263,7 @@ class Grid:
         return save(model, tuned, {**asdict(cell), **clock.seconds()})
 
 
-ENERGIES = (0.99, 0.95, 0.9, 0.8)
+ENERGIES = {"energy-sigma": (0.99, 0.95, 0.9, 0.8), "energy-density": (0.95, 0.9)}
 TUNING_STEPS = 50
 
 
@@ -279,8 +279,8 @@ def compressions(name: str, seed: int, chosen: Sequence[str]) -> list[Cell]:
 
 def energies(name: str, seed: int) -> list[Cell]:
     """PARA by energy, the default budget."""
-    scores = ("energy-sigma", "energy-density")
-    return [Cell(_high(name, seed), score, energy=energy) for score in scores for energy in ENERGIES]
+    high = _high(name, seed)
+    return [Cell(high, method, energy=energy) for method, energies in ENERGIES.items() for energy in energies]
 
 
 def trained_low(name: str, seed: int, divisor: int) -> list[Cell]:

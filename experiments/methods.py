@@ -82,6 +82,19 @@ def relative(spectra: Spectra, budget: Budget, norms: Mapping[str, float]) -> di
     return _largest(spectra, budget, lambda name, value: value / lengths[name])
 
 
+def density_floor(spectra: Spectra, budget: Budget, norms: Mapping[str, float]) -> dict[str, int]:
+    """σ²/(m+n), and no module falls to rank 0 where the budget allows that."""
+    if parameters(spectra, {m.name: 1 for m in spectra.modules}) > budget.params:
+        return density(spectra, budget, norms)
+    return spectra.plan(params=budget.params, score="density", min_rank=1).ranks
+
+
+def tempered(spectra: Spectra, budget: Budget, norms: Mapping[str, float]) -> dict[str, int]:
+    """The largest σ²/((m+n)·‖ΔW‖_F): halfway between all modules' energy pooled and each module by itself."""
+    weights = {m.name: (m.m + m.n) * (torch.tensor(m.sigma).norm().item() or 1.0) for m in spectra.modules}
+    return _largest(spectra, budget, lambda name, value: value**2 / weights[name])
+
+
 def _largest(spectra: Spectra, budget: Budget, score: Callable[[str, float], float]) -> dict[str, int]:
     """Ranks of the longest prefix that fits, of all components by descending score."""
     terms = [(score(m.name, value), m.name, m.m + m.n) for m in spectra.modules for value in m.sigma]
@@ -100,6 +113,8 @@ RANKS: dict[str, Ranks] = {
     "layer-energy": layer_energy,
     "base-aware": base_aware,
     "relative": relative,
+    "density-floor": density_floor,
+    "tempered": tempered,
 }
 
 
