@@ -38,7 +38,7 @@ TITLES = {
     "fashion-mnist": "EfficientNet-Lite0, r=32, Fashion-MNIST",
     "transformer": "small ViT, r=32, Fashion-MNIST's other classes",
 }
-COLOURS = {method: f"C{i}" for i, method in enumerate(LABELS)}
+COLOURS = dict(zip(LABELS, (*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors), strict=False))
 SHOWN = ("sigma", "density", "uniform", "layer-energy", "trained-low", "random")
 
 

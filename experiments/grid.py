@@ -115,6 +115,21 @@ class Bench:
         loaded: dict[str, Tensor] = torch.load(path)
         return loaded
 
+    def baseline(self) -> dict[str, Tensor]:
+        """The head fitted on frozen features with the weight decay that suits the validation rows best."""
+        splits = self.task.splits()
+        self.reset()
+        train, valid = (training.evaluate(self.model.features, rows) for rows in (splits.train, splits.valid))
+        heads = []
+        for decay in training.HEAD_DECAYS:
+            training.fit_head(self.model.classifier, train, splits.train.labels, decay)
+            with torch.no_grad():
+                loss = F.cross_entropy(self.model.classifier(valid), splits.valid.labels).item()
+            heads.append((loss, decay, {k: v.clone() for k, v in self.model.classifier.state_dict().items()}))
+        _, decay, head = min(heads, key=lambda found: found[0])
+        print(f"{self.task.name}: weight decay {decay:g} suits the head best", flush=True)
+        return head
+
     @cached_property
     def norms(self) -> dict[str, float]:
         """‖W₀‖₂ of every layer that gets a LoRA."""
@@ -221,7 +236,7 @@ class Grid:
     def _measured(self, bench: Bench, cell: Cell) -> dict[str, Any]:
         labels = bench.task.splits().test.labels
         if cell.training is None:
-            return {"parameters": 0, **outcome(bench.logits([], bench.head), labels)}
+            return {"parameters": 0, **outcome(bench.logits([], bench.baseline()), labels)}
         folder = bench.adapter(cell.training)
         if cell.steps:
             folder = self._tuned(bench, folder, cell)

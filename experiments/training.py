@@ -10,7 +10,7 @@ from tasks import Data, Task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HEAD_DECAY = 1e-3
+HEAD_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 WEIGHT_DECAY = 0.01
 WARMUP = 0.1
 
@@ -25,7 +25,7 @@ def evaluate(function: Callable[..., Tensor], data: Data, size: int = 100) -> Te
     return torch.cat(results)[torch.tensor(order).argsort()]
 
 
-def fit_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
+def fit_head(head: nn.Linear, features: Tensor, labels: Tensor, decay: float = 1e-3) -> None:
     """Set the head to the logistic regression of labels [rows] on features [rows, features], by L-BFGS in float64."""
     features, scale = features.double(), features.double().std(0, correction=0).clamp_min(1e-6).mean()
     features = features / scale  # so that one decay suits features of any size
@@ -35,7 +35,7 @@ def fit_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(features @ weight.T + bias, labels) + HEAD_DECAY / 2 * weight.square().sum()
+        value = F.cross_entropy(features @ weight.T + bias, labels) + decay / 2 * weight.square().sum()
         value.backward()
         return value
 
