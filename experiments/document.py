@@ -168,15 +168,18 @@ def energies(results: Results) -> str:
 
 def times(folder: Path) -> str:
     """Wall and processor time of all trainings and measurements."""
-    rows = []
+    found: dict[tuple[str, str], list[dict[str, str]]] = {}
     for name in ("trainings", "cells"):
         with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-            found = list(csv.DictReader(file))
-        for task in dict.fromkeys(r["task"] for r in found):
-            mine = [r for r in found if r["task"] == task]
-            wall, cpu = (sum(float(r[c]) for r in mine) / 60 for c in ("seconds", "cpu_seconds"))
-            what = "trainings" if name == "trainings" else "measurements"
-            rows.append([task, what, str(len(mine)), f"{wall:.0f}", f"{cpu:.0f}"])
+            for row in csv.DictReader(file):
+                method = row.get("method")
+                of_primary = method in (*figures.SHOWN, "head", "lora")
+                what = "measurements" if of_primary else "trainings" if method is None else "measurements, secondary"
+                found.setdefault((row["task"], what), []).append(row)
+    rows = []
+    for (task, what), mine in found.items():
+        wall, cpu = (sum(float(r[c]) for r in mine) / 60 for c in ("seconds", "cpu_seconds"))
+        rows.append([task, what, str(len(mine)), f"{wall:.0f}", f"{cpu:.0f}"])
     return _table(["task", "", "number", "minutes", "minutes of processor time"], rows, 2)
 
 

@@ -102,14 +102,18 @@ class Bench:
         self.pretrained = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     @cached_property
+    def features(self) -> Tensor:
+        """Frozen features of the training rows, [rows, features]."""
+        self.reset()
+        return training.evaluate(self.model.features, self.task.splits().train)
+
+    @cached_property
     def head(self) -> dict[str, Tensor]:
         """The head fitted on frozen features of the training rows."""
         path = self.out / "heads" / f"{self.task.name}.pt"
         if not path.exists():
             print(f"{self.task.name}: fit the head on frozen features", flush=True)
-            train = self.task.splits().train
-            self.reset()
-            training.fit_head(self.model.classifier, training.evaluate(self.model.features, train), train.labels)
+            training.fit_head(self.model.classifier, self.features, self.task.splits().train.labels)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(self.model.classifier.state_dict(), path)
         loaded: dict[str, Tensor] = torch.load(path)
@@ -117,12 +121,12 @@ class Bench:
 
     def baseline(self) -> dict[str, Tensor]:
         """The head fitted on frozen features with the weight decay that suits the validation rows best."""
-        splits = self.task.splits()
+        splits, features = self.task.splits(), self.features
         self.reset()
-        train, valid = (training.evaluate(self.model.features, rows) for rows in (splits.train, splits.valid))
+        valid = training.evaluate(self.model.features, splits.valid)
         heads = []
         for decay in training.HEAD_DECAYS:
-            training.fit_head(self.model.classifier, train, splits.train.labels, decay)
+            training.fit_head(self.model.classifier, features, splits.train.labels, decay)
             with torch.no_grad():
                 loss = F.cross_entropy(self.model.classifier(valid), splits.valid.labels).item()
             heads.append((loss, decay, {k: v.clone() for k, v in self.model.classifier.state_dict().items()}))
