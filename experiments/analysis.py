@@ -184,12 +184,14 @@ class Results:
         common = sorted(a.keys() & b.keys())
         return difference([a[s].right for s in common], [b[s].right for s in common])
 
-    def smallest(self, task: str, method: str, *, points: float | None = None, gain: float | None = None) -> int | None:
-        """The smallest rank budget up to which, from the largest down, accuracy holds, in the mean over seeds."""
-        full, head, found = self.accuracy(task, "lora").mean, self.head(task), None
-        allowed = points / 100 if points is not None else (gain or 0) * (full - head)
+    def smallest(self, task: str, method: str, *, points: float | None = None, part: float | None = None) -> int | None:
+        """The smallest rank budget down to which less is lost than so many points, or than a part of LoRA's gain."""
+        full, found = self.seeds(task, "lora"), None
+        gain = self.accuracy(task, "lora").mean - self.head(task)
+        allowed = points / 100 if points is not None else (part or 0) * gain
         for rank in self.ranks(task):
-            if not self.seeds(task, method, rank) or full - self.accuracy(task, method, rank).mean >= allowed:
+            rows = self.seeds(task, method, rank)
+            if not rows or np.mean([full[seed].accuracy - row.accuracy for seed, row in rows.items()]) >= allowed:
                 break
             found = rank
         return found

@@ -18,6 +18,7 @@ from analysis import Difference, Estimate, Results, read, spearman
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / "figures"
+DOCUMENTS = (ROOT / "docs" / "evidence.md", ROOT / "README.md")
 HEADLINE = ("sigma", "density", "uniform", "trained-low")
 PAIRS = (
     ("sigma", "uniform"),
@@ -43,9 +44,18 @@ def main() -> None:
     figures.accuracy(results, FIGURES / "accuracy.svg")
     figures.energy(results, FIGURES / "energy.svg")
     figures.error(results, FIGURES / "error.svg")
-    kept = kept_energy(RESULTS / "adapters.csv")
-    figures.adapters(kept, FIGURES / "adapters.svg")
-    tables = {
+    figures.adapters(kept_energy(RESULTS / "adapters.csv"), FIGURES / "adapters.svg")
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        if (
+            new := filled(text, tables(results))
+        ) != text:  # the README's date decides whether the package is built anew
+            path.write_text(new, encoding="utf-8")
+
+
+def tables(results: Results) -> dict[str, Callable[[], str]]:
+    """The tables by the names that the documents know them by."""
+    return {
         "headline": lambda: headline(results),
         "accuracy": lambda: accuracy(results),
         "holds": lambda: holds(results),
@@ -53,12 +63,8 @@ def main() -> None:
         "errors": lambda: errors(results),
         "energies": lambda: energies(results),
         "times": lambda: times(RESULTS),
-        "adapters": lambda: adapters(kept),
+        "adapters": lambda: adapters(kept_energy(RESULTS / "adapters.csv")),
     }
-    for path in (ROOT / "docs" / "evidence.md", ROOT / "README.md"):
-        text = path.read_text(encoding="utf-8")
-        if (new := filled(text, tables)) != text:  # the README's date decides whether the package is built anew
-            path.write_text(new, encoding="utf-8")
 
 
 def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
@@ -106,7 +112,7 @@ def holds(results: Results) -> str:
     for task in results.tasks:
         for method in (m for m in results.methods(task) if m != "random"):
             if results.seeds(task, method, results.ranks(task)[0]):
-                found = [results.smallest(task, method, points=1), results.smallest(task, method, gain=0.05)]
+                found = [results.smallest(task, method, points=1), results.smallest(task, method, part=0.05)]
                 rows.append([task, figures.LABELS[method], *(_share(results, task, k) if k else "none" for k in found)])
     return _table(["task", "method", "< 1 point lost", "< 5 % of the gain lost"], rows, 2)
 
@@ -211,7 +217,9 @@ def _accuracy(results: Results, task: str, method: str, rank: int) -> str:
     if not results.seeds(task, method, rank):
         return "not run"
     found = results.accuracy(task, method, rank)
-    return f"{_estimate(found)} ({results.gain_kept(task, method, rank):.0%})"
+    seeds = len(results.seeds(task, method, rank))
+    few = "" if seeds == len(results.seeds(task, "lora")) else f", {seeds} seed{'s' * (seeds > 1)}"
+    return f"{_estimate(found)} ({results.gain_kept(task, method, rank):.0%}{few})"
 
 
 def _pair(results: Results, task: str, ours: str, theirs: str, rank: int) -> str:

@@ -117,7 +117,7 @@ def error(results: Results, path: Path) -> None:
         axis.set_xlabel("‖ΔW − ΔW'‖ / ‖ΔW‖")
         axis.set_ylabel("test accuracy, %")
         axis.grid(alpha=0.25)
-    axes[0][0].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=6, loc="lower left")
     _save(figure, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import analysis
 import methods
@@ -83,3 +84,35 @@ def test_estimates_and_rank_correlation() -> None:
     assert (found.mean, found.half) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
     assert analysis.spearman([1, 2, 2, 3], [10, 20, 20, 30]) == pytest.approx(1)
     assert analysis.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+
+
+def row(method: str, rank: int | None, rights: int, seed: int = 0) -> analysis.Row:
+    right = np.arange(1000) < rights
+    return analysis.Row("task", seed, method, rank, None, 10, None, None, right.mean().item(), 0.0, right)
+
+
+def test_results_are_read_as_written_and_answer_how_far_accuracy_holds(tmp_path: Path) -> None:
+    rows = [
+        row("head", None, 700),
+        row("lora", None, 800),
+        row("sigma", 4, 798),
+        row("sigma", 2, 792),
+        row("sigma", 1, 700),
+    ]
+    records = [{**vars(r), "rows": 1000, "right": np.packbits(r.right).tobytes().hex()} for r in rows]
+    analysis.write(tmp_path, records)
+    results = analysis.Results(analysis.read(tmp_path))
+    assert [(r.method, r.rank, r.accuracy) for r in results.rows] == [(r.method, r.rank, r.accuracy) for r in rows]
+    assert results.smallest("task", "sigma", points=1) == 2
+    assert results.smallest("task", "sigma", part=0.05) == 4
+    assert results.gain_kept("task", "sigma", 2) == pytest.approx(0.92)
+
+
+def test_the_committed_tables_are_those_of_the_committed_results() -> None:
+    pytest.importorskip("matplotlib", reason="document.py draws figures as well")
+    import document
+
+    tables = document.tables(analysis.Results(analysis.read(document.RESULTS)))
+    for path in document.DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        assert document.filled(text, tables) == text, f"run make evidence-docs, which writes {path.name}"
