@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .compress import convert_adapter as convert_adapter
     from .compress import decompose as decompose
     from .compress import merge_adapters as merge_adapters
+    from .compress import predict as predict
     from .compress import verify as verify
     from .decomposition import Decomposition as Decomposition
     from .errors import ParaError as ParaError
@@ -27,6 +28,7 @@ _HOMES = {
     "convert_adapter": "compress",
     "decompose": "compress",
     "merge_adapters": "compress",
+    "predict": "compress",
     "verify": "compress",
     "Decomposition": "decomposition",
     "ParaError": "errors",

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, Union, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, Union, overload
 
 from . import __version__
 from .arrays import as_tensor, checked_dtype
+from .automatic import automatic
 from .backends import Truncated
 from .decomposition import Decomposition, checked_threads, cuda_backend
 from .errors import ParaError, shown
@@ -121,7 +122,9 @@ def compress_model(
     plan = decomposition.spectra.plan(**budget)
     new = decomposition.truncate_certified(plan, dtype)
     live.replace(decomposition.named(new))
-    return _report(decomposition, plan, new, source=type(model).__name__, start=start)
+    return _report(
+        decomposition.spectra, plan, new, source=type(model).__name__, start=start, decomposition=decomposition
+    )
 
 
 @overload
@@ -244,6 +247,25 @@ def merge_adapters(
     return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
 
 
+def predict(spectra: Spectra, source: str = "", **budget: Any) -> Report:
+    """What :func:`compress_adapter` would report, from spectra alone: ``Spectra.load("spectra.json")``.
+
+    Args:
+        spectra: of the adapter.
+        source: its name, for the report.
+        **budget: as for :func:`compress_adapter`.
+
+    Raises:
+        ParaError: the budget is refused.
+    """
+    start = time.perf_counter()
+    chosen, notes = _chosen(budget, spectra)
+    plan = spectra.plan(**chosen)
+    report = _report(spectra, plan, None, source=source, start=start)
+    size = spectra.layout.bytes(plan.ranks) if spectra.layout else None
+    return replace(report, bytes_after=size, notes=(*notes, *report.notes))
+
+
 @dataclass(frozen=True)
 class _Job:
     """What a run is to do besides its budget, as :func:`compress_adapter` documents it."""
@@ -264,8 +286,16 @@ class _Job:
             self.progress(words)
 
 
-Plans = Callable[[Spectra, Adapter[Any]], list[tuple[str, Plan]]]
-"""Plans for an adapter in a target's format, with the name that each one's output has among several; empty for one."""
+class _Planned(NamedTuple):
+    """A plan, the name that its output has among several (empty for one alone), and notes on how it was chosen."""
+
+    name: str
+    plan: Plan
+    notes: tuple[str, ...] = ()
+
+
+Plans = Callable[[Spectra, Adapter[Any]], list[_Planned]]
+"""Plans for an adapter in a target's format."""
 
 
 def _budgets(keep: Any, budget: dict[str, Any]) -> Plans:
@@ -274,15 +304,26 @@ def _budgets(keep: Any, budget: dict[str, Any]) -> Plans:
     if not keeps:
         raise ParaError("keep is an empty list; give at least one fraction such as 0.25")
 
-    def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[tuple[str, Plan]]:
-        shaped = _shaped(budget, adapter.shaping, keeps)
+    def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
+        chosen, notes = _chosen(budget, spectra)
+        shaped = _shaped(chosen, adapter.shaping, keeps)
         made = [spectra.plan(**(shaped if k is None else {**shaped, "keep": k})) for k in keeps]
-        return [(f"keep-{plan.value:g}" if isinstance(keep, list) else "", plan) for plan in made]
+        return [_Planned(f"keep-{plan.value:g}" if isinstance(keep, list) else "", plan, notes) for plan in made]
 
     return plans
 
 
-def _everything(spectra: Spectra, adapter: Adapter[Any]) -> list[tuple[str, Plan]]:
+def _chosen(budget: dict[str, Any], spectra: Spectra) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The budget, where ``auto`` is one the one that it chooses, and why."""
+    auto = budget.get("auto")
+    rest = {name: value for name, value in budget.items() if name != "auto"}
+    if auto is None:
+        return rest, ()
+    found, reason = automatic(auto, spectra)
+    return {**rest, **found}, (reason,)
+
+
+def _everything(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
     """The plan that truncates nothing."""
     plan = spectra.plan(**(adapter.shaping or {"keep": 1.0}))
     for module in spectra.modules:
@@ -291,7 +332,7 @@ def _everything(spectra: Spectra, adapter: Adapter[Any]) -> list[tuple[str, Plan
                 f"module '{module.name}' has rank {module.rank}, but this target takes at most "
                 f"{plan.ranks[module.name]}: compress with that target"
             )
-    return [("", plan)]
+    return [_Planned("", plan)]
 
 
 @dataclass(frozen=True)
@@ -303,6 +344,7 @@ class _Output:
     layout: FileLayout | None
     target: str | None
     plan: Plan
+    notes: tuple[str, ...]
     out: Path
 
 
@@ -324,7 +366,7 @@ def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Jo
                 decompositions[key] = Decomposition(moved, job.backend, job.threads)
             layout = adapter.layout(code, " " * _HEADER_TEXT)
             spectra = Spectra(decompositions[key].spectra.modules, layout)
-            for name, plan in plans(spectra, adapter):
+            for name, plan, notes in plans(spectra, adapter):
                 place = (str(target or "same") if isinstance(job.target, list) else "", name)
                 path = out.joinpath(*filter(None, place))
                 if path != out and adapter.as_file(out):
@@ -334,7 +376,7 @@ def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Jo
                 adapter.check_ranks(plan.ranks)
                 if not job.dry_run:
                     adapter.check_out(path, overwrite=job.overwrite)
-                outputs.append(_Output(adapter, decompositions[key], layout, target, plan, path))
+                outputs.append(_Output(adapter, decompositions[key], layout, target, plan, notes, path))
         return [_written(output, label, digest, code, job) for output in outputs]
 
 
@@ -344,9 +386,11 @@ def _written(output: _Output, label: str, digest: Future[str], code: str | None,
     if not job.dry_run:
         job.say(f"truncating for {output.out}")
         new = output.decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks))
-    report = _report(output.decomposition, plan, new, source=label, start=job.start)
+    report = _report(
+        output.decomposition.spectra, plan, new, source=label, start=job.start, decomposition=output.decomposition
+    )
     report = _with_sizes(report, adapter, output.layout.bytes(plan.ranks) if output.layout else None)
-    report = replace(report, target=output.target, notes=(*adapter.notes, *report.notes))
+    report = replace(report, target=output.target, notes=(*adapter.notes, *output.notes, *report.notes))
     if new is None:
         return report
     job.say(f"writing {output.out}")
@@ -414,13 +458,18 @@ def _moved(factors: Iterable[LoraFactors], device: str, backend: str | None) -> 
 
 
 def _report(
-    decomposition: Decomposition, plan: Plan, new: Sequence[Truncated] | None, *, source: str, start: float
+    spectra: Spectra,
+    plan: Plan,
+    new: Sequence[Truncated] | None,
+    *,
+    source: str,
+    start: float,
+    decomposition: Decomposition | None = None,
 ) -> Report:
-    spectra = decomposition.spectra
     predicted = [plan.errors[module.name] for module in spectra.modules]
     errors = predicted if new is None else [t.error for t in new]
     notes = []
-    floored = sum(f.min_rank > 0 for f in decomposition.factors)
+    floored = sum(module.min_rank > 0 for module in spectra.modules)
     if floored:
         notes.append(
             f"{floored} of the modules keep rank ≥ 1, because they can't be left out (DoRA, a bias, other weights of "
@@ -440,7 +489,7 @@ def _report(
         notes.append("No budget was given, so everything that the shaping allows is kept; energy=0.95 is a good one.")
     elif not plan.shaping.get("uniform") and plan.unshaped_energy is not None and plan.unshaped_energy > plan.energy:
         notes.append(f"Without shaping the same budget would keep {plan.unshaped_energy:.2%} of the energy.")
-    undecided = undecided_components(spectra, plan, decomposition.betas)
+    undecided = undecided_components(spectra, plan, decomposition.betas) if decomposition else ()
     if undecided:
         notes.append(
             f"{len(undecided)} components are equal to the threshold within rounding; another backend may choose "
@@ -450,7 +499,7 @@ def _report(
         plan=plan,
         modules=module_reports(spectra, plan, errors),
         source=source,
-        backends=decomposition.backends,
+        backends=decomposition.backends if decomposition else (),
         undecided=undecided,
         notes=tuple(notes),
         seconds=time.perf_counter() - start,
