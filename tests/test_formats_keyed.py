@@ -267,16 +267,25 @@ def test_peft_keys_with_and_without_a_config(tmp_path: Path) -> None:
         read_adapter(source.with_name("adapter_model.safetensors"))
 
 
-def test_dora_is_never_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ends", "magnitude"),
+    [
+        (KOHYA, "dora_scale"),
+        (PEFT, "lora_magnitude_vector"),
+        (PEFT, "lora_magnitude_vector.weight"),
+        ((".lora_A.default.weight", ".lora_B.default.weight"), "lora_magnitude_vector.default.weight"),
+    ],
+)
+def test_dora_is_never_dropped(tmp_path: Path, ends: tuple[str, str], magnitude: str) -> None:
     file = File()
     for name, size in (("a", 1.0), ("b", 1e-6), ("c", 1e-6)):
-        file.add(f"x.{name}", f"lora_unet_{name}", KOHYA)
-        file.tensors[f"lora_unet_{name}.lora_up.weight"] *= size
-    file.also("lora_unet_b.dora_scale", torch.rand(12, 1))
+        file.add(f"x.{name}", f"lora_unet_{name}", ends)
+        file.tensors[f"lora_unet_{name}{ends[1]}"] *= size
+    file.also(f"lora_unet_b.{magnitude}", torch.rand(12, 1))
     report = para_ext.compress_adapter(file.save(tmp_path / "lora.safetensors"), tmp_path / "out.safetensors")
     new = load_file(tmp_path / "out.safetensors")
-    assert {key for key in new if key.endswith("down.weight")} == {f"lora_unet_{x}.lora_down.weight" for x in "ab"}
-    assert torch.equal(new["lora_unet_b.dora_scale"], file.tensors["lora_unet_b.dora_scale"])
+    assert {key for key in new if key.endswith(ends[0])} == {f"lora_unet_{x}{ends[0]}" for x in "ab"}
+    assert torch.equal(new[f"lora_unet_b.{magnitude}"], file.tensors[f"lora_unet_b.{magnitude}"])
     assert any("DoRA" in note for note in report.notes)
 
 

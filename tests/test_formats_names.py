@@ -169,9 +169,23 @@ def test_matched_spells_the_right_as_the_left() -> None:
     }
     assert names.matched(left, ["down_blocks.0.proj_in"]) == {"down_blocks.0.proj_in": "unet.down_blocks.0.proj_in"}
     assert names.matched(["down_blocks.0.x"], ["unet.down_blocks.0.x"]) == {"unet.down_blocks.0.x": "down_blocks.0.x"}
+    # Each is matched once, and by its own name where the left has it.
+    assert names.matched(["a.b_c"], ["a_b.c", "a.b_c", "a_b_c"]) == {
+        "a_b.c": "a_b.c",
+        "a.b_c": "a.b_c",
+        "a_b_c": "a_b_c",
+    }
+    assert names.matched(["a.b_c"], ["a_b.c", "a_b_c"]) == {"a_b.c": "a.b_c", "a_b_c": "a_b_c"}
     # Both encoders of a pipeline have modules of one name, and stay apart.
     both = ["text_encoder.x", "text_encoder_2.x"]
     assert names.matched(both, both) == dict(zip(both, both, strict=True))
+
+
+@given(*[st.lists(st.text("a._", min_size=1, max_size=4), unique=True, max_size=6)] * 2)
+def test_matched_never_makes_one_of_two(left: list[str], right: list[str]) -> None:
+    found = names.matched(left, right)
+    assert list(found) == right
+    assert len(set(found.values())) == len(right)
 
 
 # Real keys
@@ -227,3 +241,19 @@ def test_real_keys(tmp_path: Path, name: str) -> None:
 def test_real_keys_of_lokr_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ParaError, match="holds LoKr tensors but no LoRA pair"):
         read_adapter(synthetic(LOKR[name], tmp_path / "lora.safetensors"))
+
+
+@needs_keys
+@pytest.mark.parametrize("name", [name for name in LORA if "dora" not in name])
+def test_real_keys_in_other_spellings(tmp_path: Path, name: str) -> None:
+    """To kohya's and to diffusers' names and, from there, to kohya's again: ΔW stays to the bit."""
+    source = synthetic(LORA[name], tmp_path / "lora.safetensors")
+    outs = [tmp_path / f"{target}.safetensors" for target in ("kohya", "diffusers", "back")]
+    para_ext.convert_adapter(source, outs[0], "kohya")
+    para_ext.convert_adapter(source, outs[1], "diffusers")
+    para_ext.convert_adapter(outs[1], outs[2], "kohya")
+    assert [para_ext.verify(source, out).error for out in outs] == [0, 0, 0]
+    stems = {key.partition(".")[0] for key in load_file(outs[0])}
+    if "kohya" in name:
+        assert stems == {key.partition(".")[0] for key in load_file(source)}
+    assert all("." not in stem for stem in stems)

@@ -795,3 +795,60 @@ def test_planning_needs_no_torch() -> None:
 def test_absurd_arguments_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ParaError):
         spectra_of(module("a", 3, 2, 1)).plan(**arguments)
+
+
+# uniform with allowed ranks: zeros fill modules up to the first allowed rank that holds all they have
+
+
+def test_uniform_pads_to_the_first_allowed_rank_that_holds_all() -> None:
+    spectra = spectra_of(module("a.q", 3, 2, 1), module("b.q", 5), module("a.up", *[1] * 5))
+    for allowed, budget, rank in (
+        ([8, 16], {}, 8),
+        ([4, 8], {}, 8),
+        ([4, 8], {"params": 192}, 4),
+        ([2, 4], {}, 4),  # none holds 5
+        ([2, 5], {}, 5),
+        ([16], {"energy": 1.0}, 16),
+    ):
+        plan = spectra.plan(uniform="all", allowed_ranks=allowed, **budget)
+        assert set(plan.ranks.values()) == {rank}, allowed
+        assert plan.parameters_after == rank * sum(m.m + m.n for m in spectra.modules)
+
+
+def test_uniform_by_type_pads_each_type_by_itself() -> None:
+    spectra = spectra_of(module("a.q", 3, 2, 1), module("b.q", 5), module("a.up", *[1] * 8))
+    assert spectra.plan(uniform="type", allowed_ranks=[4, 16]).ranks == {"a.q": 4, "b.q": 4, "a.up": 16}
+    with pytest.raises(ParaError, match="can take no rank from 1 to 8"):
+        spectra.plan(uniform="all", allowed_ranks=[4], max_rank=3, rank=2)
+
+
+@deterministic
+@given(
+    spectra_strategy(groups=False, required=False),
+    st.lists(st.integers(1, 24), min_size=1, max_size=4).filter(lambda ranks: min(ranks) <= 6),
+    st.sampled_from(["energy", "keep", None]),
+    st.floats(0.05, 1),
+)
+def test_padding_costs_parameters_and_no_energy(
+    spectra: Spectra, allowed: list[int], budget: str | None, value: float
+) -> None:
+    """The rank is allowed, zeros count as parameters, and what is kept is what the modules have up to that rank."""
+    try:
+        plan = spectra.plan(uniform="all", allowed_ranks=allowed, **({budget: value} if budget else {}))
+    except ParaError as refusal:
+        assert "feasible" in str(refusal) or "too small" in str(refusal) or "more than the shaping" in str(refusal)
+        return
+    (rank,) = set(plan.ranks.values())
+    most = max(len(m.sigma) for m in spectra.modules)
+    above = [k for k in allowed if k >= most]
+    assert rank in (0, *(k for k in allowed if k < most), *([min(above)] if above else []))
+    if budget is None:
+        assert rank == (min(above) if above else max(allowed))
+    assert plan.parameters_after == rank * sum(m.m + m.n for m in spectra.modules)
+    lost = math.fsum(s * s for m in spectra.modules for s in m.sigma[rank:])
+    assert plan.error == pytest.approx(math.sqrt(lost), rel=1e-12)
+    if budget == "energy":
+        lower = [k for k in sorted({0, *allowed}) if k < rank]
+        if lower:  # the next smaller one would not do
+            kept = math.fsum(s * s for m in spectra.modules for s in m.sigma[: lower[-1]])
+            assert kept <= value * spectra.energy * (1 + 1e-12)

@@ -1,8 +1,8 @@
 """Trained adapters from a folder of them, against dense fp64 algebra and the outputs of the models they belong to.
 
 ``PARA_EXT_TEST_ADAPTERS`` names a folder with one folder per adapter. Those with an adapter_config.json are PEFT's and
-must compress; all others must be refused. The oracle knows nothing of para_ext: it reads files, computes scales, forms
-every product and takes its SVD by itself.
+must compress, and so must single files of pairs; all others must be refused. The oracle knows nothing of para_ext: it
+reads files, computes scales, forms every product and takes its SVD by itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 FOLDERS = sorted(path for path in Path(os.environ["PARA_EXT_TEST_ADAPTERS"]).iterdir() if path.is_dir())
 ADAPTERS = {path.name: path for path in FOLDERS if (path / "adapter_config.json").is_file()}
-OTHERS = {path.name: path for path in FOLDERS if path.name not in ADAPTERS}
+# How the keys of A and B end in single files without an alpha, by what the folder's name starts with.
+ENDS = {
+    "roberta": (".lora_A", ".lora_B"),
+    "sd15_cloneofsimo": (":down", ":up"),
+    "sd15_diffusers": ("_lora.down.weight", "_lora.up.weight"),
+}
+SINGLE = {path.name: path for path in FOLDERS if path.name.startswith(tuple(ENDS))}
+OTHERS = {path.name: path for path in FOLDERS if path.name not in ADAPTERS | SINGLE}
 if not ADAPTERS:
     raise FileNotFoundError("PARA_EXT_TEST_ADAPTERS names a folder without a PEFT adapter in it")
 
@@ -45,10 +52,7 @@ KEEP = 0.25  # where outputs are compared
 # What the refusal of a folder must say, by what the folder's name starts with.
 KINDS = {
     "ia3": "IA³",
-    "roberta": "loralib",
     "sam": "SAM",
-    "sd15_cloneofsimo": "cloneofsimo",
-    "sd15_diffusers": "diffusers",
     "sd_lycoris_lokr": "LoKr",
 }
 
@@ -350,6 +354,35 @@ def test_a_live_model_gives_the_same_outputs(case: Case, tmp_path: Path, measure
     assert found <= 1e-10
     measured.most("outputs: live model, saved and loaded (fp64 factors)", found, case.name)
     measured.adapters.add(case.name)
+
+
+# Single files
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_single_files(name: str, tmp_path: Path) -> None:
+    """Keys and other tensors stay, and every ΔW is as near as the report says."""
+    (source,) = (path for path in SINGLE[name].iterdir() if path.suffix in (".bin", ".safetensors"))
+    old = load_file(source) if source.suffix == ".safetensors" else torch.load(source, "cpu", weights_only=True)
+    report = para_ext.compress_adapter(source, tmp_path / "out.safetensors", keep=KEEP)
+    new = load_file(tmp_path / "out.safetensors")
+    end_A, end_B = next(ends for start, ends in ENDS.items() if name.startswith(start))
+    stems = [key.removesuffix(end_A) for key in old if key.endswith(end_A)]
+    assert len(stems) == len(report.modules)
+    kept = {stem for stem in stems if stem + end_A in new}
+    assert new.keys() == {key for key in old if key.removesuffix(end_A).removesuffix(end_B) not in {*stems} - kept}
+    lost = []
+    for stem in stems:
+        W = old[stem + end_B].double() @ old[stem + end_A].double()
+        if stem in kept:
+            W -= new[stem + end_B].double() @ new[stem + end_A].double()
+        lost.append(float(W.norm()))
+    assert report.error_floor * (1 - 1e-6) <= math.hypot(*lost) <= report.error * (1 + 1e-12)
+    assert report.error <= 1.1 * math.hypot(*lost)
+    assert report.parameters_after <= KEEP * report.parameters_before
+    pairs = {stem + end for stem in kept for end in (end_A, end_B)}
+    assert all(torch.equal(new[key], old[key]) for key in new.keys() - pairs)
+    assert para_ext.verify(source, tmp_path / "out.safetensors").error == pytest.approx(math.hypot(*lost), rel=1e-6)
 
 
 # What can't be done

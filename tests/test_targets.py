@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from adapters import write_adapter
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from single_files import KOHYA, File
+from single_files import KOHYA, PEFT, File, number
 from sources import (
     DIFFUSION,
     LANGUAGE,
@@ -20,6 +21,7 @@ from sources import (
     comfyui_flux,
     dense,
     kohya_pipeline,
+    kohya_unet,
     language,
     norm,
     peft_folder,
@@ -64,7 +66,7 @@ def test_compress_and_its_certificate(tmp_path: Path, make: Source, target: str 
     budget = {"energy": 0.99 if keep == 0.5 else 0.9} if target == "uniform" else {"keep": keep}
     report = para_ext.compress_adapter(source, tmp_path / "out", target=target, **budget)
     old, new = dense(source), dense(tmp_path / "out")
-    if not (make is comfyui_flux and target == "diffusers"):
+    if not (make is comfyui_flux and target in ("diffusers", "peft")):  # whose names are others there
         spelt = matched(list(old), list(new))
         found = {spelt[name]: delta for name, delta in new.items()}
         lost = norm({name: old.get(name, 0) - found.get(name, 0) for name in old.keys() | found.keys()})
@@ -72,6 +74,52 @@ def test_compress_and_its_certificate(tmp_path: Path, make: Source, target: str 
         assert report.error <= 3 * lost or report.error <= 1e-5 * report.norm
         assert para_ext.verify(source, tmp_path / "out").error == pytest.approx(lost, rel=1e-6, abs=1e-9 * report.norm)
     assert para_ext.verify(source, tmp_path / "out").parameters_after == report.parameters_after
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (peft_folder, "trtllm"),
+        (peft_folder, "uniform"),
+        (peft_folder, "mlx"),
+        (peft_rslora, "vllm"),
+        (kohya_unet, "kohya"),
+        (kohya_unet, "peft"),
+        (peft_unet, "diffusers"),
+        (kohya_pipeline, "diffusers"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
+def test_size_is_of_the_written_file(tmp_path: Path, make: Source, target: str) -> None:
+    """Never more than was asked for; and what ``dry_run`` tells is it, but where the header tells ranks."""
+    source = make(tmp_path / "source")
+    whole = para_ext.convert_adapter(source, tmp_path / "whole", target).bytes_after
+    assert whole is not None
+    for i, part in enumerate((1.0, 0.99, 0.9, 0.8)):
+        size = int(whole * part) + 2000 * (target == "diffusers")
+        budget = {"size": size, "target": target}
+        if target == "uniform" and part < 1:
+            with pytest.raises(ParaError, match="the smallest feasible is size="):
+                para_ext.compress_adapter(source, tmp_path / str(i), **budget)
+            continue
+        report = para_ext.compress_adapter(source, tmp_path / str(i), **budget)
+        (file,) = (tmp_path / str(i)).glob("*.safetensors")
+        assert report.bytes_after == file.stat().st_size <= size
+        planned = para_ext.compress_adapter(source, tmp_path / "not", dry_run=True, **budget).bytes_after
+        assert planned == report.bytes_after or (target == "diffusers" and report.bytes_after < planned <= size)
+
+
+def test_kohya_keeps_what_training_wrote(tmp_path: Path) -> None:
+    file = File({"ss_steps": "9", "ss_network_dim": "4", "modelspec.title": "t", "sshs_model_hash": "x", "other": "y"})
+    file.add("x", "lora_unet_input_blocks_4_1_proj_in", KOHYA, alpha=number(1))
+    para_ext.compress_adapter(file.save(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", target="kohya", rank=2)
+    with safe_open(tmp_path / "b.safetensors", "pt") as opened:
+        header = opened.metadata()
+        assert set(opened.keys()) == {
+            f"lora_unet_down_blocks_1_attentions_0_proj_in{end}" for end in (*KOHYA, ".alpha")
+        }
+    assert (header["ss_steps"], header["ss_network_dim"], header["modelspec.title"]) == ("9", "2", "t")
+    assert len(header["sshs_model_hash"]) == 64 and "other" not in header
 
 
 # The base model
@@ -177,6 +225,8 @@ REFUSED: dict[str, tuple[Source, tuple[str, ...], str]] = {
     "no diffusion": (peft_folder, ("diffusers", "kohya"), "is of no diffusion model that is known.*--target peft"),
     "original names": (lambda p: keyed(p, "lora_unet_joint_blocks_0_x_block_attn_qkv"), ("diffusers",),
                        "named as in the original model.*use --target kohya"),
+    "grouped": (lambda p: File().add("x", "unet.x", PEFT, (6, 2, 3, 3), groups=2).save(p.with_suffix(".safetensors")),
+                ("kohya", "diffusers", "uniform", "trtllm"), "--target peft"),
     "no base": (peft_folder, ("gguf", "merged"), "needs the base model: give its folder by --base"),
     "convolution": (peft_unet, ("trtllm", "mlx"), "--target (peft|merged)"),
     "names MLX lacks": (lambda p: write_adapter(p), ("mlx",), "has no name that is known in MLX: use --target merged"),

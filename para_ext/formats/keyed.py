@@ -33,7 +33,8 @@ from .tensors import read_tensors, recognise, writable_code
 SETTINGS = "lora_adapter_metadata"
 """Header key under which diffusers keeps PEFT's settings, ``{"unet.r": 8, "unet.lora_alpha": 16, …}``."""
 
-_MID, _ALPHA, _DORA = ".lora_mid.weight", ".alpha", (".dora_scale", ".lora_magnitude_vector.weight")
+_MID, _ALPHA = ".lora_mid.weight", ".alpha"
+_DORA = re.compile(r"\.(dora_scale|lora_magnitude_vector(\.weight|\.default\.weight)?)$")
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class KeyedAdapter(Adapter[KeyedSlot]):
             name = key.removesuffix(":rank").replace(":", ".")
             if name in ranks:
                 header[key] = str(ranks[name])
+        header.pop(SETTINGS, None)
         if self.settings:
             header[SETTINGS] = json.dumps(_settings(ranks, self.metadata.get(SETTINGS), longest), sort_keys=True)
         return header
@@ -194,13 +196,13 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
         raise ParaError(f"'{weights}' holds {recognise(tensors)} tensors but no LoRA pair: give a LoRA adapter")
     alphas = any(_alpha_key(slot.stem, tensors) for slot in slots)
     settings = _read_settings(metadata, weights)
-    dora = {slot.name for slot in slots if any(slot.stem + end in foreign for end in _DORA)}
+    dora = {_DORA.sub("", key) for key in foreign if _DORA.search(key)}
     named: dict[str, KeyedSlot] = {}
     for slot in slots:
         if slot.name in named:
             raise ParaError(f"'{weights}' holds module '{slot.name}' twice, also as '{slot.stem}': remove one")
         scale = _scale(slot, tensors, settings)
-        least = int(slot.style.needs_all or slot.name in dora or slot.stem + ".bias" in foreign)
+        least = int(slot.style.needs_all or slot.stem in dora or slot.stem + ".bias" in foreign)
         named[slot.name] = replace(slot, members=_members(slot, scale, least))
     used = {key for slot in slots if (key := _alpha_key(slot.stem, tensors))}
     foreign = {key: tensor for key, tensor in foreign.items() if key not in used}
@@ -224,7 +226,7 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
         notes=tuple(notes),
         tensor_file=weights.with_suffix(".safetensors").name,
         alphas=alphas,
-        settings=settings is not None,
+        settings=settings is not None and not alphas,  # diffusers refuses a file with both
     )
 
 

@@ -17,7 +17,7 @@ from ..naming import natural_key
 from .adapter import Adapter, Slot
 from .base import BaseModel
 from .output import CONFIG, MLX, write_json, write_safetensors
-from .peft import PeftAdapter
+from .peft import PeftAdapter, is_number
 from .tensors import read_json, read_tensors, recognise, writable_code
 
 _A, _B = ".lora_a", ".lora_b"
@@ -83,7 +83,7 @@ def read_mlx(path: Path) -> MlxAdapter:
         )
     parameters = config["lora_parameters"]
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if not isinstance(scale, int | float):
+    if not is_number(scale):
         raise ParaError(f"'{path / CONFIG}' has no number for lora_parameters.scale: add it")
     weights = path / MLX
     if not weights.is_file():

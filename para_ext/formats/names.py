@@ -100,7 +100,10 @@ def original(name: str) -> bool:
 
 
 def matched(left: Iterable[str], right: Iterable[str]) -> dict[str, str]:
-    """The right adapter's names as the left one spells them, where dots, underscores or the component differ."""
+    """The right adapter's names as the left one spells them, where dots, underscores or the component differ.
+
+    No two get one name: a module of which the left one has none keeps its own.
+    """
     left, right = list(left), list(right)
     parts_left, parts_right = ({component(name) for name in names} for names in (left, right))
     # A PEFT folder for one model has no component in its names, a file for pipelines has.
@@ -109,8 +112,9 @@ def matched(left: Iterable[str], right: Iterable[str]) -> dict[str, str]:
     def flat(name: str) -> str:
         return (name.removeprefix(f"{component(name)}.") if bare else name).replace(".", "_")
 
-    spelt = {flat(name): name for name in left}
-    return {name: spelt.get(flat(name), name) for name in right}
+    ours, theirs = set(left), set(right)
+    spelt = {flat(name): name for name in left if name not in theirs}
+    return {name: name if name in ours else spelt.pop(flat(name), name) for name in right}
 
 
 def component(name: str) -> str:

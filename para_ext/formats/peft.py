@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,6 @@ from .adapter import Adapter, Slot
 from .output import CONFIG, PICKLED, WEIGHTS, write_json, write_safetensors
 from .peft_config import PatternKeys, Targets, oldest_peft, unit_scale_config
 from .tensors import read_json, read_tensors, recognise, writable_code
-
-if TYPE_CHECKING:
-    pass
 
 PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -250,7 +247,8 @@ def _is_rank(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of JSON is a number that a float holds."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
@@ -272,9 +270,9 @@ def _is_layers(value: object) -> bool:
 
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "a positive whole number"),
-    "lora_alpha": (_is_number, "a number"),
+    "lora_alpha": (is_number, "a number"),
     "rank_pattern": (partial(_is_dict, _is_rank), "a dict of positive whole numbers"),
-    "alpha_pattern": (partial(_is_dict, _is_number), "a dict of numbers"),
+    "alpha_pattern": (partial(_is_dict, is_number), "a dict of numbers"),
     "target_modules": (_is_names, "a list of names or a string"),
     "exclude_modules": (_is_names, "a list of names or a string"),
     "layers_pattern": (_is_names, "a list of names or a string"),

@@ -200,7 +200,8 @@ def _missing(slots: Sequence[PeftSlot], layers: int | None) -> list[PeftSlot]:
             kinds[match[1], match[3]][int(match[2])] = slot
     added = []
     for (stack, rest), present in kinds.items():
-        last = layers if layers is not None else max(stacks[stack]) + 1
+        # config.json counts the layers of the language model; other stacks (a vision tower) have their own number.
+        last = layers if layers is not None and len(stacks) == 1 else max(stacks[stack]) + 1
         for layer in range(last):
             if layer in present:
                 continue

@@ -62,6 +62,7 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
     """
     if isinstance(adapter, PeftAdapter):
         return adapter if target == "peft" else _without_copies(adapter)
+    adapter = _apart(adapter)
     parts = sorted({names.component(slot.name) for slot in adapter.slots})
     if len(parts) > 1:
         raise ParaError(
@@ -131,17 +132,21 @@ def _trtllm(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
 
 
 def _diffusers(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
-    if isinstance(adapter, KeyedAdapter):
-        apart = tuple(unfused(adapter.slots))
-        notes = adapter.notes
-        if len(apart) > len(adapter.slots):
-            notes += ("Layers that diffusers has in several parts are written in parts, each with an A of its own.",)
-        adapter = replace(adapter, slots=apart, notes=notes)
     slots = [
         KeyedSlot(**_plain(slot), name=name, stem=name, style=PEFT_KEYS)
-        for slot, name in _pipeline(adapter, "diffusers")
+        for slot, name in _pipeline(_apart(adapter), "diffusers")
     ]
     return _single(adapter, slots, alphas=False, settings=True)
+
+
+def _apart(adapter: Adapter[Any]) -> Adapter[Any]:
+    """The adapter with the modules that diffusers has, where Flux's first release has one for several."""
+    if not isinstance(adapter, KeyedAdapter):
+        return adapter
+    slots, notes = tuple(unfused(adapter.slots)), adapter.notes
+    if len(slots) > len(adapter.slots):
+        notes += ("Layers that diffusers has in several parts are written in parts, each with an A of its own.",)
+    return replace(adapter, slots=slots, notes=notes)
 
 
 def _kohya(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
@@ -151,7 +156,9 @@ def _kohya(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
         KeyedSlot(**_plain(slot), name=name, stem=names.kohya(name, several_encoders=several), style=KOHYA)
         for slot, name in pipeline
     ]
-    return _single(adapter, anchored(slots, add=True), alphas=True, settings=False)
+    single = _single(adapter, anchored(slots, add=True), alphas=True, settings=False)
+    trained = {k: v for k, v in adapter.metadata.items() if k.startswith(("ss_", "sshs_", "modelspec."))}
+    return replace(single, metadata={**single.metadata, **trained})
 
 
 def _gguf(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
@@ -208,8 +215,8 @@ def _pipeline(adapter: Adapter[Any], target: str) -> list[tuple[Slot, str]]:
                 f"module '{slot.name}' is of no diffusion model that is known, which the target {target} is for: "
                 "use --target peft"
             )
-        if slot.embedding or slot.experts:
-            raise ParaError(f"module '{slot.name}' is no linear layer or convolution: use --target peft")
+        if slot.embedding or len(slot.members) > 1:
+            raise ParaError(f"module '{slot.name}' is no plain linear layer or convolution: use --target peft")
         pipeline.append((slot, name))
     return pipeline
 
