@@ -23,7 +23,7 @@ from .formats import Adapter, Wish, housed, read_adapter
 from .formats.flux import parts
 from .formats.names import matched
 from .layout import FileLayout
-from .plan import DEFAULT_ENERGY, Plan
+from .plan import BUDGETS, DEFAULT_ENERGY, Plan
 from .report import GOOD_ENERGY, LOW_ENERGY, Report, megabytes, module_reports, percent, undecided_components
 from .spectra import Spectra
 from .verification import Verification, compare
@@ -305,7 +305,7 @@ def _budgets(keep: Any, budget: dict[str, Any]) -> Plans:
         raise ParaError("keep is an empty list; give at least one fraction such as 0.25")
 
     def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
-        chosen, notes = _chosen(budget, spectra)
+        chosen, notes = _chosen({**budget, "keep": keeps[0]}, spectra)
         shaped = _shaped(chosen, adapter.shaping, keeps)
         made = [spectra.plan(**(shaped if k is None else {**shaped, "keep": k})) for k in keeps]
         return [_Planned(f"keep-{plan.value:g}" if isinstance(keep, list) else "", plan, notes) for plan in made]
@@ -319,6 +319,8 @@ def _chosen(budget: dict[str, Any], spectra: Spectra) -> tuple[dict[str, Any], t
     rest = {name: value for name, value in budget.items() if name != "auto"}
     if auto is None:
         return rest, ()
+    if others := sorted(_given(rest) & BUDGETS):
+        raise ParaError(f"auto and {others[0]} are given together: give one budget")
     found, reason = automatic(auto, spectra)
     return {**rest, **found}, (reason,)
 

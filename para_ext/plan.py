@@ -325,6 +325,10 @@ _READERS: dict[str, Callable[[str, Any], Fraction | float | int]] = {
 }
 
 
+BUDGETS = frozenset(_READERS)
+"""Names of all budgets."""
+
+
 # Rules of other tools, each module by itself
 
 
