@@ -11,7 +11,7 @@ from .errors import ParaError
 
 
 def check_new(path: Path, adapters: Iterable[Path], option: str, *, overwrite: bool) -> None:
-    """Refuse, before any work, a file (that ``option`` names) which can't be written or would be a part of an adapter."""
+    """Refuse a file, before any work, that can't be written or would be part of an adapter; ``option`` is its name."""
     if any(path.resolve().is_relative_to(adapter.resolve()) for adapter in adapters):
         raise ParaError(f"'{path}' lies inside an adapter: give {option} a place elsewhere")
     if path.is_dir():
