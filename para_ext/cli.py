@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import click
 
 from . import __version__
 from .errors import ParaError
-from .whole_file import write_text
+from .whole_file import check_new, write_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -184,7 +183,7 @@ def compress(
     decomposition.
     """
     if report is not None:
-        _check_report(report, adapter, out, overwrite=options["overwrite"])
+        check_new(report, (adapter, out), "--report", overwrite=options["overwrite"])
     options = _familiar(options)
     with _progress(as_json) as say:
         say("starting")
@@ -262,6 +261,34 @@ def plan(spectra: Path, as_json: bool, keep: tuple[str, ...], allowed_ranks: str
     loaded = Spectra.load(spectra)
     reports = [predict(loaded, str(spectra), **options, keep=k) for k in keep or (None,)]
     _print_reports(reports if len(keep) > 1 else reports[0], as_json)
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("compressed", type=click.Path(path_type=Path), nargs=-1, metavar="[COMPRESSED]…")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The new file, of HTML."
+)
+@click.option("--title", help="Of the page.  [ADAPTER's name]")
+@click.option("--overwrite", is_flag=True, help="Replace the file at OUT.")
+@_BACKEND
+@_THREADS
+@_JSON
+def report(out: Path, as_json: bool, **options: Any) -> None:
+    """One HTML page, for any browser, offline: spectra, ranks, size and error at any budget, and certificates.
+
+    ADAPTER may also be a file (.json) that `inspect --spectra` wrote. COMPRESSED are adapters made of it; one without a
+    para_ext.json of its own is measured.
+    """
+    with _progress(as_json) as say:
+        say("starting")
+        from .page import write_page
+
+        write_page(out, progress=say, **options)
+    if as_json:
+        _print_json({"output": str(out), "bytes": out.stat().st_size})
+    else:
+        click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, for any browser")
 
 
 @cli.command()
@@ -369,16 +396,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     click.echo(f"para-ext: {message}", err=True)
     sys.exit(code)
-
-
-def _check_report(report: Path, adapter: Path, out: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work, a report that could not be written or would replace a part of an adapter."""
-    if any(report.resolve().is_relative_to(folder.resolve()) for folder in (adapter, out)):
-        raise ParaError(f"'{report}' lies inside an adapter: give a --report elsewhere")
-    if report.exists() and not overwrite:
-        raise ParaError(f"'{report}' exists: give another --report, or --overwrite")
-    if not (report.parent.is_dir() and os.access(report.parent, os.W_OK)):
-        raise ParaError(f"'{report.parent}' is not a folder that can be written to: give another --report")
 
 
 def _one_or_all(values: tuple[str, ...]) -> Any:

@@ -36,7 +36,7 @@ Source = Union[str, Path, "nn.Module", Iterable[LoraFactors]]
 Progress = Callable[[str], None]
 
 # The text that the safetensors header gets takes this many bytes there, so that `size` budgets can count it beforehand.
-_HEADER_TEXT = 512
+HEADER_TEXT = 512
 
 _DEFAULTS = {"score": "auto", "min_rank": 0, "multiple_of": 1}
 
@@ -74,7 +74,7 @@ def decompose(
         factors: Iterable[LoraFactors] = read_model(source, adapter_name).factors
     elif isinstance(source, str | Path):
         adapter = read_adapter(Path(source))
-        factors, layout = _moved(adapter.factors, device, backend), adapter.layout(None, " " * _HEADER_TEXT)
+        factors, layout = _moved(adapter.factors, device, backend), adapter.layout(None, " " * HEADER_TEXT)
     elif isinstance(source, Iterable):
         factors = source
     else:
@@ -366,7 +366,7 @@ def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Jo
                 job.say(f"decomposing {len(adapter.factors)} modules")
                 moved = _moved(adapter.factors, job.device, job.backend)
                 decompositions[key] = Decomposition(moved, job.backend, job.threads)
-            layout = adapter.layout(code, " " * _HEADER_TEXT)
+            layout = adapter.layout(code, " " * HEADER_TEXT)
             spectra = Spectra(decompositions[key].spectra.modules, layout)
             for name, plan, notes in plans(spectra, adapter):
                 place = (str(target or "same") if isinstance(job.target, list) else "", name)
@@ -551,7 +551,7 @@ def _write(
         "error": report.error,
     }
     text = json.dumps(header)
-    text = text.ljust(_HEADER_TEXT - text.count('"'))  # the header escapes quotes
+    text = text.ljust(HEADER_TEXT - text.count('"'))  # the header escapes quotes
     sidecar = {"source_sha256": digest.result(), **report.to_dict()}
     factors = decomposition.named(new)
     written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, code=code, overwrite=overwrite)

@@ -67,7 +67,7 @@ def test_help_is_quick_and_without_torch() -> None:
     assert statistics.median(seconds) < max(0.3, 12 * statistics.median(bare))
 
 
-@pytest.mark.parametrize("command", ["inspect", "compress", "convert", "merge", "plan", "verify", "info"])
+@pytest.mark.parametrize("command", ["inspect", "compress", "convert", "merge", "plan", "report", "verify", "info"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
