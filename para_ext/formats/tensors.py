@@ -76,6 +76,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     for key, tensor in loaded.items():
         if not holds_data(tensor):
             raise ParaError(f"'{path}': tensor '{key}' is not dense (sparse, nested, quantized or meta): save it dense")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ParaError(f"'{path}': tensor '{key}' repeats its elements to fill its shape: save it contiguous")
         writable_code(key, tensor)
     return dict(loaded)
 
