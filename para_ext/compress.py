@@ -19,7 +19,7 @@ from .backends import Truncated
 from .decomposition import Decomposition, checked_threads, cuda_backend
 from .errors import ParaError, shown
 from .factors import LoraFactors
-from .formats import Adapter, Wish, housed, read_adapter
+from .formats import FILE_SUFFIXES, Adapter, Wish, housed, read_adapter
 from .formats.flux import parts
 from .formats.names import matched
 from .layout import FileLayout
@@ -287,11 +287,15 @@ class _Job:
 
 
 class _Planned(NamedTuple):
-    """A plan, the name that its output has among several (empty for one alone), and notes on how it was chosen."""
+    """A plan, the name that its output has among several (empty for one alone), and notes on how it was chosen.
+
+    ``truncates`` is False where nothing was to be lost.
+    """
 
     name: str
     plan: Plan
     notes: tuple[str, ...] = ()
+    truncates: bool = True
 
 
 Plans = Callable[[Spectra, Adapter[Any]], list[_Planned]]
@@ -334,7 +338,7 @@ def _everything(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
                 f"module '{module.name}' has rank {module.rank}, but this target takes at most "
                 f"{plan.ranks[module.name]}: compress with that target"
             )
-    return [_Planned("", plan)]
+    return [_Planned("", plan, truncates=False)]
 
 
 @dataclass(frozen=True)
@@ -345,8 +349,7 @@ class _Output:
     decomposition: Decomposition
     layout: FileLayout | None
     target: str | None
-    plan: Plan
-    notes: tuple[str, ...]
+    planned: _Planned
     out: Path
 
 
@@ -368,31 +371,38 @@ def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Jo
                 decompositions[key] = Decomposition(moved, job.backend, job.threads)
             layout = adapter.layout(code, " " * HEADER_TEXT)
             spectra = Spectra(decompositions[key].spectra.modules, layout)
-            for name, plan, notes in plans(spectra, adapter):
-                place = (str(target or "same") if isinstance(job.target, list) else "", name)
+            for planned in plans(spectra, adapter):
+                place = (str(target or "same") if isinstance(job.target, list) else "", planned.name)
                 path = out.joinpath(*filter(None, place))
-                if path != out and adapter.as_file(out):
-                    raise ParaError(f"'{out}' is one file, but there are several outputs: give a folder")
+                if path != out and out.suffix in FILE_SUFFIXES:
+                    raise ParaError(f"'{out}' would be one file, but there are several outputs: give a folder")
+                adapter.check_name(path)
                 if any(path == other.out for other in outputs):
                     raise ParaError(f"two outputs would be '{path}'; give each value once")
-                adapter.check_ranks(plan.ranks)
+                adapter.check_ranks(planned.plan.ranks)
                 if not job.dry_run:
                     adapter.check_out(path, overwrite=job.overwrite)
-                outputs.append(_Output(adapter, decompositions[key], layout, target, plan, notes, path))
+                outputs.append(_Output(adapter, decompositions[key], layout, target, planned, path))
         return [_written(output, label, digest, code, job) for output in outputs]
 
 
 def _written(output: _Output, label: str, digest: Future[str], code: str | None, job: _Job) -> Report:
     """Truncate and write one output, unless the run is a dry one; its report."""
-    adapter, plan, new = output.adapter, output.plan, None
+    adapter, plan, new = output.adapter, output.planned.plan, None
     if not job.dry_run:
         job.say(f"truncating for {output.out}")
         new = output.decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks))
     report = _report(
-        output.decomposition.spectra, plan, new, source=label, start=job.start, decomposition=output.decomposition
+        output.decomposition.spectra,
+        plan,
+        new,
+        source=label,
+        start=job.start,
+        decomposition=output.decomposition,
+        truncates=output.planned.truncates,
     )
     report = _with_sizes(report, adapter, output.layout.bytes(plan.ranks) if output.layout else None)
-    report = replace(report, target=output.target, notes=(*adapter.notes, *output.notes, *report.notes))
+    report = replace(report, target=output.target, notes=(*adapter.notes, *output.planned.notes, *report.notes))
     if new is None:
         return report
     job.say(f"writing {output.out}")
@@ -467,6 +477,7 @@ def _report(
     source: str,
     start: float,
     decomposition: Decomposition | None = None,
+    truncates: bool = True,
 ) -> Report:
     predicted = [plan.errors[module.name] for module in spectra.modules]
     errors = predicted if new is None else [t.error for t in new]
@@ -474,8 +485,8 @@ def _report(
     floored = sum(module.min_rank > 0 for module in spectra.modules)
     if floored:
         notes.append(
-            f"{floored} of the modules keep rank ≥ 1, because they can't be left out (DoRA, a bias, other weights of "
-            "their own, a format that counts modules); with DoRA the error is that of B·A, not of the weight."
+            f"Rank ≥ 1 is kept in {floored} of {len(spectra.modules)} modules, which can't be left out (DoRA, a bias, "
+            "other weights of their own, or the format counts modules; with DoRA the error is that of B·A alone)."
         )
     if spectra.modules and spectra.energy == 0:
         notes.append("ΔW is zero in every module: is this adapter trained?")
@@ -483,11 +494,17 @@ def _report(
         notes.append(f"Energy kept is below {LOW_ENERGY:.0%}; {_better(spectra, plan)}.")
     if plan.shaping.get("uniform"):
         free = spectra.plan(params=plan.parameters_after)
-        notes.append(
-            f"Without one rank for all, as many parameters would keep {percent(free.energy)} of the energy, not "
-            f"{percent(plan.energy)}."
-        )
-    if plan.budget is None:
+        if percent(free.energy) != percent(plan.energy):
+            notes.append(
+                f"Without one rank for all, as many parameters would keep {percent(free.energy)} of the energy, not "
+                f"{percent(plan.energy)}."
+            )
+        if plan.parameters_after >= plan.parameters_before:
+            notes.append(
+                f"Nothing is saved: one rank for all is {max(plan.ranks.values())} here. For a reader that takes any "
+                "rank, allow smaller ones: --allowed-ranks 1,2,4,6.",
+            )
+    if plan.budget is None and truncates:
         notes.append("No budget was given, so everything that the shaping allows is kept; energy=0.95 is a good one.")
     elif not plan.shaping.get("uniform") and plan.unshaped_energy is not None and plan.unshaped_energy > plan.energy:
         notes.append(f"Without shaping the same budget would keep {plan.unshaped_energy:.2%} of the energy.")

@@ -599,7 +599,9 @@ def _prefix(order: _Order, budget: _Budget) -> int:
 def _bytes_of(order: _Order, taken: int) -> int:
     layout = order.spectra.layout
     if layout is None:
-        raise ParaError("size is given, but these spectra come without the layout of a file: give params instead")
+        raise ParaError(
+            "size is given, but no safetensors file is written whose size would be known: give params or keep"
+        )
     return layout.bytes(order.ranks(taken))
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -397,5 +398,10 @@ def test_narrow_screens_do_not_scroll_sideways(adapter: Path, tmp_path: Path, op
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     )
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    # Plots are drawn anew at the new width, which takes a moment.
+    for _ in range(100):
+        if (width := browser.execute_script("return document.documentElement.scrollWidth")) <= 390:
+            break
+        time.sleep(0.1)
+    assert width <= 390
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
