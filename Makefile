@@ -22,7 +22,7 @@ EVIDENCE := build/evidence
 TOOLKIT := build/cuda-toolkit
 NVCC = $(wildcard $(TOOLKIT)/nvidia/cu13/bin/nvcc)# of `make cuda`, from then on in every build
 SOURCES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py*') \
+PACKAGE := $(shell find csrc para_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py*' -o -name 'page.*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
 RUNTIMES ?= $(basename $(notdir $(wildcard tests/runtimes/*.txt)))
 export PARA_EXT_NATIVE ?= ON

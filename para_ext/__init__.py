@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .compress import compress_model as compress_model
     from .compress import convert_adapter as convert_adapter
     from .compress import decompose as decompose
+    from .compress import merge_adapters as merge_adapters
+    from .compress import predict as predict
     from .compress import verify as verify
     from .decomposition import Decomposition as Decomposition
     from .errors import ParaError as ParaError
@@ -25,6 +27,8 @@ _HOMES = {
     "compress_model": "compress",
     "convert_adapter": "compress",
     "decompose": "compress",
+    "merge_adapters": "compress",
+    "predict": "compress",
     "verify": "compress",
     "Decomposition": "decomposition",
     "ParaError": "errors",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import click
 
 from . import __version__
 from .errors import ParaError
-from .whole_file import write_text
+from .whole_file import check_new, write_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -42,8 +41,11 @@ _BACKEND = click.option(
     help="Native core, CUDA kernels or plain PyTorch; by default the native one where the factors are.",
 )
 TARGETS = ["peft", "vllm", "uniform", "gguf", "trtllm", "mlx", "diffusers", "kohya", "merged"]
-_TARGET = click.option(
-    "--target", type=click.Choice(TARGETS), help="Who will read OUT; by default whoever reads ADAPTER's format."
+_TARGETS = click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    multiple=True,
+    help="Who will read OUT; by default whoever reads ADAPTER's format. May be repeated.",
 )
 _BASE = click.option(
     "--base", type=click.Path(path_type=Path), metavar="MODEL", help="The base model's folder, for gguf and merged."
@@ -67,6 +69,21 @@ def _budget_options(command: Command) -> Command:
         click.option("--total-rank", metavar="K", type=int, help="Number of rank-1 components in all."),
         click.option("--threshold", metavar="T", type=float, help="Keep every singular value ≥ T."),
         click.option("--rank", metavar="R", type=int, help="Uniform truncation: every module keeps its own top R."),
+        click.option(
+            "--auto",
+            type=click.Choice(["knee", "dtype"]),
+            help="A budget that follows from the adapter: the knee of its curve, or what storage rounding hides.",
+        ),
+        click.option(
+            "--dynamic-method",
+            type=click.Choice(["sv_ratio", "sv_cumulative", "sv_fro"]),
+            help="kohya's rules, each module by itself: σ > σ₁/X; Σσ ≥ X of its Σσ; √Σσ² ≥ X of its √Σσ² (0.9: 81 % "
+            "of the energy).",
+        ),
+        click.option("--dynamic-param", metavar="X", help="X of --dynamic-method."),
+        click.option(
+            "--layer-energy", metavar="E", help="PEFT's rule: every module keeps the fewest with E of its own Σσ²."
+        ),
         click.option(
             "--score",
             type=click.Choice(["auto", "sigma", "density"]),
@@ -103,10 +120,13 @@ def cli() -> None:
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw spectra and size-error curve (PNG)."
 )
+@click.option("--spectra", type=click.Path(path_type=Path, dir_okay=False), help="Save what `plan` needs (JSON).")
 @_BACKEND
 @_THREADS
 @_JSON
-def inspect(adapter: Path, plot: Path | None, backend: str | None, threads: int | None, as_json: bool) -> None:
+def inspect(
+    adapter: Path, plot: Path | None, spectra: Path | None, backend: str | None, threads: int | None, as_json: bool
+) -> None:
     """How compressible is ADAPTER? Spectra, and what each budget would keep; nothing is written."""
     from . import inspection
 
@@ -116,6 +136,8 @@ def inspect(adapter: Path, plot: Path | None, backend: str | None, threads: int 
 
         say("decomposing")
         decomposition = decompose(adapter, backend=backend, threads=threads)
+    if spectra is not None:
+        decomposition.spectra.save(spectra)
     if plot is not None:
         from .plot import plot_spectra
 
@@ -133,7 +155,7 @@ def inspect(adapter: Path, plot: Path | None, backend: str | None, threads: int 
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @_budget_options
-@_TARGET
+@_TARGETS
 @_BASE
 @click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [same]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to work.  [auto]")
@@ -150,41 +172,123 @@ def compress(
     report: Path | None,
     as_json: bool,
     keep: tuple[str, ...],
+    target: tuple[str, ...],
     allowed_ranks: str | None,
     **options: Any,
 ) -> None:
     """Compress ADAPTER, a folder or file, into the new folder or file OUT.
 
-    At most one budget of --energy, --keep, --params, --size, --total-rank, --threshold, --rank. Several --keep values
-    make OUT/keep-0.25, OUT/keep-0.1 … from one decomposition.
+    At most one budget of --energy, --keep, --params, --size, --total-rank, --threshold, --rank, --auto,
+    --dynamic-method, --layer-energy. Several --keep or --target values make OUT/keep-0.25, OUT/gguf … from one
+    decomposition.
     """
     if report is not None:
-        _check_report(report, adapter, out, overwrite=options["overwrite"])
-    keeps: Any = list(keep) if len(keep) > 1 else keep[0] if keep else None
+        check_new(report, (adapter, out), "--report", overwrite=options["overwrite"])
+    options = _familiar(options)
     with _progress(as_json) as say:
         say("starting")
         from .compress import compress_adapter
 
-        result = compress_adapter(
+        result: Any = compress_adapter(
             adapter,
             out,
-            keep=keeps,
+            keep=_one_or_all(keep),
+            target=_one_or_all(target),
             allowed_ranks=_ranks(allowed_ranks),
             dtype=None if dtype == "same" else dtype,
             progress=say,
             **options,
         )
-    reports = result if isinstance(result, list) else [result]
-    document = [r.to_dict() for r in reports] if isinstance(result, list) else result.to_dict()
-    if report is not None:
-        write_text(report, json.dumps(document, indent=1) + "\n")
-    if as_json:
-        _print_json(document)
-        return
-    from .tables import report_table
+    _print_reports(result, as_json, report)
 
-    for r in reports:
-        report_table(r)
+
+@cli.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER=WEIGHT…")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new folder or file.")
+@_budget_options
+@_TARGETS
+@_BASE
+@click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [the widest]")
+@click.option("--dry-run", is_flag=True, help="Plan and report; write no adapter.")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
+@_BACKEND
+@_THREADS
+@_JSON
+def merge(
+    adapters: tuple[str, ...],
+    out: Path,
+    dtype: str,
+    as_json: bool,
+    keep: tuple[str, ...],
+    target: tuple[str, ...],
+    allowed_ranks: str | None,
+    **options: Any,
+) -> None:
+    """Write a weighted sum of adapters as one, exact, or truncated where a budget is given.
+
+    \b
+    Example:
+      para-ext merge style/=0.6 detail/=-0.4 -o both/ --keep 25%
+    """
+    options = _familiar(options)
+    with _progress(as_json) as say:
+        say("starting")
+        from .compress import merge_adapters
+
+        result = merge_adapters(
+            _weights(adapters),
+            out,
+            keep=_one_or_all(keep),
+            target=_one_or_all(target),
+            allowed_ranks=_ranks(allowed_ranks),
+            dtype=None if dtype == "same" else dtype,
+            progress=say,
+            **options,
+        )
+    _print_reports(result, as_json)
+
+
+@cli.command()
+@click.argument("spectra", type=click.Path(path_type=Path))
+@_budget_options
+@_JSON
+def plan(spectra: Path, as_json: bool, keep: tuple[str, ...], allowed_ranks: str | None, **options: Any) -> None:
+    """What `compress --dry-run` would say, from SPECTRA alone: a file that `inspect --spectra` wrote."""
+    from .compress import predict
+    from .spectra import Spectra
+
+    options = {**_familiar(options), "allowed_ranks": _ranks(allowed_ranks)}
+    loaded = Spectra.load(spectra)
+    reports = [predict(loaded, str(spectra), **options, keep=k) for k in keep or (None,)]
+    _print_reports(reports if len(keep) > 1 else reports[0], as_json)
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("compressed", type=click.Path(path_type=Path), nargs=-1, metavar="[COMPRESSED]…")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The new file, of HTML."
+)
+@click.option("--title", help="Of the page.  [ADAPTER's name]")
+@click.option("--overwrite", is_flag=True, help="Replace the file at OUT.")
+@_BACKEND
+@_THREADS
+@_JSON
+def report(out: Path, as_json: bool, **options: Any) -> None:
+    """One HTML page, for any browser, offline: spectra, ranks, size and error at any budget, and certificates.
+
+    ADAPTER may also be a file (.json) that `inspect --spectra` wrote. COMPRESSED are adapters made of it; one without a
+    para_ext.json of its own is measured.
+    """
+    with _progress(as_json) as say:
+        say("starting")
+        from .page import write_page
+
+        write_page(out, progress=say, **options)
+    if as_json:
+        _print_json({"output": str(out), "bytes": out.stat().st_size})
+    else:
+        click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, for any browser")
 
 
 @cli.command()
@@ -203,12 +307,7 @@ def convert(adapter: Path, out: Path, dtype: str, as_json: bool, **options: Any)
         from .compress import convert_adapter
 
         report = convert_adapter(adapter, out, dtype=None if dtype == "same" else dtype, progress=say, **options)
-    if as_json:
-        _print_json(report.to_dict())
-        return
-    from .tables import report_table
-
-    report_table(report)
+    _print_reports(report, as_json)
 
 
 @cli.command()
@@ -299,14 +398,54 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _check_report(report: Path, adapter: Path, out: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work, a report that could not be written or would replace a part of an adapter."""
-    if any(report.resolve().is_relative_to(folder.resolve()) for folder in (adapter, out)):
-        raise ParaError(f"'{report}' lies inside an adapter: give a --report elsewhere")
-    if report.exists() and not overwrite:
-        raise ParaError(f"'{report}' exists: give another --report, or --overwrite")
-    if not (report.parent.is_dir() and os.access(report.parent, os.W_OK)):
-        raise ParaError(f"'{report.parent}' is not a folder that can be written to: give another --report")
+def _one_or_all(values: tuple[str, ...]) -> Any:
+    """A list of several values, one alone, or None."""
+    return list(values) if len(values) > 1 else values[0] if values else None
+
+
+def _weights(adapters: tuple[str, ...]) -> dict[str | Path, float]:
+    weights: dict[str | Path, float] = {}
+    for text in adapters:
+        path, sign, weight = text.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            sign = ""
+        if not sign or not path:
+            raise click.UsageError(f"'{text}' is not ADAPTER=WEIGHT: write it like style/=0.6")
+        if Path(path) in weights:
+            raise click.UsageError(f"'{path}' is given twice: add its weights up")
+        weights[Path(path)] = value
+    return weights
+
+
+def _print_reports(result: Any, as_json: bool, file: Path | None = None) -> None:
+    """One report or a list of them: as tables or JSON, and into a file."""
+    document = [r.to_dict() for r in result] if isinstance(result, list) else result.to_dict()
+    if file is not None:
+        write_text(file, json.dumps(document, indent=1) + "\n")
+    if as_json:
+        _print_json(document)
+        return
+    from .tables import report_table
+
+    for r in result if isinstance(result, list) else [result]:
+        report_table(r)
+
+
+def _familiar(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with --dynamic-method and --dynamic-param as the budget that they name."""
+    method, parameter = options.pop("dynamic_method"), options.pop("dynamic_param")
+    if (method is None) != (parameter is None):
+        raise click.UsageError("--dynamic-method and --dynamic-param go together: give both")
+    return options if method is None else {**options, method: _number(parameter)}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # a percentage
 
 
 def _ranks(text: str | None) -> list[int] | None:

@@ -8,20 +8,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, Union, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, Union, overload
 
 from . import __version__
 from .arrays import as_tensor, checked_dtype
+from .automatic import automatic
 from .backends import Truncated
 from .decomposition import Decomposition, checked_threads, cuda_backend
 from .errors import ParaError, shown
 from .factors import LoraFactors
-from .formats import Adapter, Wish, housed, read_adapter
+from .formats import FILE_SUFFIXES, Adapter, Wish, housed, read_adapter
 from .formats.flux import parts
 from .formats.names import matched
-from .plan import DEFAULT_ENERGY, Plan
+from .layout import FileLayout
+from .plan import BUDGETS, DEFAULT_ENERGY, Plan
 from .report import GOOD_ENERGY, LOW_ENERGY, Report, megabytes, module_reports, percent, undecided_components
 from .spectra import Spectra
 from .verification import Verification, compare
@@ -34,7 +36,7 @@ Source = Union[str, Path, "nn.Module", Iterable[LoraFactors]]
 Progress = Callable[[str], None]
 
 # The text that the safetensors header gets takes this many bytes there, so that `size` budgets can count it beforehand.
-_HEADER_TEXT = 512
+HEADER_TEXT = 512
 
 _DEFAULTS = {"score": "auto", "min_rank": 0, "multiple_of": 1}
 
@@ -72,7 +74,7 @@ def decompose(
         factors: Iterable[LoraFactors] = read_model(source, adapter_name).factors
     elif isinstance(source, str | Path):
         adapter = read_adapter(Path(source))
-        factors, layout = _moved(adapter.factors, device, backend), adapter.layout(None, " " * _HEADER_TEXT)
+        factors, layout = _moved(adapter.factors, device, backend), adapter.layout(None, " " * HEADER_TEXT)
     elif isinstance(source, Iterable):
         factors = source
     else:
@@ -120,7 +122,9 @@ def compress_model(
     plan = decomposition.spectra.plan(**budget)
     new = decomposition.truncate_certified(plan, dtype)
     live.replace(decomposition.named(new))
-    return _report(decomposition, plan, new, source=type(model).__name__, start=start)
+    return _report(
+        decomposition.spectra, plan, new, source=type(model).__name__, start=start, decomposition=decomposition
+    )
 
 
 @overload
@@ -135,7 +139,7 @@ def compress_adapter(
     source: str | Path,
     out: str | Path,
     *,
-    target: str | None = None,
+    target: str | list[str] | None = None,
     base: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
@@ -156,7 +160,8 @@ def compress_adapter(
             is there whole or not at all. With several ``keep`` values, the folder for one folder each:
             ``out/keep-0.25`` and so on.
         target: who will read it: "peft", "vllm", "uniform", "gguf", "trtllm", "mlx", "diffusers", "kohya" or "merged";
-            None keeps the source's own format. All have the scaling folded in, each as its readers apply it.
+            None keeps the source's own format. All have the scaling folded in, each as its readers apply it. Of a list
+            of them each gets a folder of its name in ``out``; one decomposition serves all.
         base: the base model's folder, which "gguf" and "merged" need; "uniform" and "mlx" learn from it how many
             layers there are.
         dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
@@ -169,25 +174,14 @@ def compress_adapter(
             written safetensors file.
 
     Returns:
-        A Report, or a list of them where ``keep`` is a list.
+        A Report, or a list of them where ``keep`` or ``target`` is a list.
 
     Raises:
         ParaError: refused, naming what and why; nothing was written (of several outputs, none after the failing one).
     """
-    several = isinstance(keep, list)
-    keeps = keep if isinstance(keep, list) else [keep]
-    if not keeps:
-        raise ParaError("keep is an empty list; give at least one fraction such as 0.25")
-
-    def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[Plan]:
-        shaped = _shaped(budget, adapter.shaping, keeps)
-        return [spectra.plan(**(shaped if k is None else {**shaped, "keep": k})) for k in keeps]
-
-    reports = _rewrite(
-        Path(source), Path(out), plans, several=several, target=target, base=base, dtype=dtype, overwrite=overwrite,
-        dry_run=dry_run, backend=backend, device=device, threads=threads, progress=progress,
-    )  # fmt: skip
-    return reports if several else reports[0]
+    job = _Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress)
+    reports = _rewrite(read_adapter(Path(source)), str(source), Path(out), _budgets(keep, budget), job)
+    return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
 
 
 def convert_adapter(
@@ -209,82 +203,221 @@ def convert_adapter(
     Raises:
         ParaError: refused, naming what and why; nothing was written.
     """
-
-    def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[Plan]:
-        plan = spectra.plan(**(adapter.shaping or {"keep": 1.0}))
-        for module in spectra.modules:
-            if plan.ranks[module.name] < min(module.rank, module.m, module.n):
-                raise ParaError(
-                    f"module '{module.name}' has rank {module.rank}, but the target {target} takes at most "
-                    f"{plan.ranks[module.name]}: compress with that target"
-                )
-        return [plan]
-
-    return _rewrite(
-        Path(source), Path(out), plans, several=False, target=target, base=base, dtype=dtype,
-        overwrite=overwrite, threads=threads, progress=progress,
-    )[0]  # fmt: skip
+    job = _Job(target, base, dtype, overwrite, threads=threads, progress=progress)
+    return _rewrite(read_adapter(Path(source)), str(source), Path(out), _everything, job)[0]
 
 
-def _rewrite(
-    source: Path,
-    out: Path,
-    plans_of: Callable[[Spectra, Adapter[Any]], list[Plan]],
+def merge_adapters(
+    sources: Mapping[str | Path, float],
+    out: str | Path,
     *,
-    several: bool,
-    target: str | None,
-    base: str | Path | None,
-    dtype: torch.dtype | str | None,
-    overwrite: bool,
+    target: str | list[str] | None = None,
+    base: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
     dry_run: bool = False,
     backend: str | None = None,
-    device: str = "auto",
-    threads: int | None,
-    progress: Progress | None,
-) -> list[Report]:
-    """Read, decompose, plan as ``plans_of`` says, truncate and write each plan."""
-    start = time.perf_counter()
-    say = progress or (lambda _: None)
-    code = checked_dtype(dtype)
+    threads: int | None = None,
+    progress: Progress | None = None,
+    keep: float | str | list[float | str] | None = None,
+    **budget: Any,
+) -> Report | list[Report]:
+    """Write the weighted sum of adapters as one adapter, truncated where a budget is given.
 
-    say("reading")
-    adapter = housed(read_adapter(source), target, Wish(None if base is None else Path(base)))
-    if several and adapter.as_file(out):
-        raise ParaError(f"'{out}' is one file, but several keep values make several: give a folder")
+    Args:
+        sources: folders or files of one format, and their weights: ``{"a/": 0.6, "b/": -0.4}``; ranks, alphas and
+            scalings may differ.
+        dtype: of the new factors; the widest of the sources' if None.
+        out, target, base, overwrite, dry_run, backend, threads, progress, keep, budget: as for
+            :func:`compress_adapter`; without any budget or shaping nothing is truncated.
+
+    Raises:
+        ParaError: refused, naming what and why; nothing was written.
+    """
+    from .merging import merged, widest
+
+    adapters = [(read_adapter(Path(source)), float(weight)) for source, weight in sources.items()]
+    if len(adapters) < 2:
+        raise ParaError("one adapter alone is not merged: give two or more, as a=0.6 b=0.4")
+    dtype = dtype or widest(adapter for adapter, _ in adapters)
+    job = _Job(target, base, dtype, overwrite, dry_run, backend, "auto", threads, progress)
+    label = " + ".join(f"{weight:g} × {adapter.path}" for adapter, weight in adapters)
+    plans = _budgets(keep, budget) if keep is not None or _given(budget) else _everything
+    reports = _rewrite(merged(adapters), label, Path(out), plans, job)
+    return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
+
+
+def predict(spectra: Spectra, source: str = "", **budget: Any) -> Report:
+    """What :func:`compress_adapter` would report, from spectra alone: ``Spectra.load("spectra.json")``.
+
+    Args:
+        spectra: of the adapter.
+        source: its name, for the report.
+        **budget: as for :func:`compress_adapter`.
+
+    Raises:
+        ParaError: the budget is refused.
+    """
+    start = time.perf_counter()
+    chosen, notes = _chosen(budget, spectra)
+    plan = spectra.plan(**chosen)
+    report = _report(spectra, plan, None, source=source, start=start)
+    size = spectra.layout.bytes(plan.ranks) if spectra.layout else None
+    return replace(report, bytes_after=size, notes=(*notes, *report.notes))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run is to do besides its budget, as :func:`compress_adapter` documents it."""
+
+    target: str | list[str] | None = None
+    base: str | Path | None = None
+    dtype: torch.dtype | str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    backend: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    progress: Progress | None = None
+    start: float = field(default_factory=time.perf_counter)
+
+    def say(self, words: str) -> None:
+        if self.progress is not None:
+            self.progress(words)
+
+
+class _Planned(NamedTuple):
+    """A plan, the name that its output has among several (empty for one alone), and notes on how it was chosen.
+
+    ``truncates`` is False where nothing was to be lost.
+    """
+
+    name: str
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    truncates: bool = True
+
+
+Plans = Callable[[Spectra, Adapter[Any]], list[_Planned]]
+"""Plans for an adapter in a target's format."""
+
+
+def _budgets(keep: Any, budget: dict[str, Any]) -> Plans:
+    """Plans for one budget, or for several values of ``keep``."""
+    keeps = keep if isinstance(keep, list) else [keep]
+    if not keeps:
+        raise ParaError("keep is an empty list; give at least one fraction such as 0.25")
+
+    def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
+        chosen, notes = _chosen({**budget, "keep": keeps[0]}, spectra)
+        shaped = _shaped(chosen, adapter.shaping, keeps)
+        made = [spectra.plan(**(shaped if k is None else {**shaped, "keep": k})) for k in keeps]
+        return [_Planned(f"keep-{plan.value:g}" if isinstance(keep, list) else "", plan, notes) for plan in made]
+
+    return plans
+
+
+def _chosen(budget: dict[str, Any], spectra: Spectra) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The budget, where ``auto`` is one the one that it chooses, and why."""
+    auto = budget.get("auto")
+    rest = {name: value for name, value in budget.items() if name != "auto"}
+    if auto is None:
+        return rest, ()
+    if others := sorted(_given(rest) & BUDGETS):
+        raise ParaError(f"auto and {others[0]} are given together: give one budget")
+    found, reason = automatic(auto, spectra)
+    return {**rest, **found}, (reason,)
+
+
+def _everything(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
+    """The plan that truncates nothing."""
+    plan = spectra.plan(**(adapter.shaping or {"keep": 1.0}))
+    for module in spectra.modules:
+        if plan.ranks[module.name] < min(module.rank, module.m, module.n):
+            raise ParaError(
+                f"module '{module.name}' has rank {module.rank}, but this target takes at most "
+                f"{plan.ranks[module.name]}: compress with that target"
+            )
+    return [_Planned("", plan, truncates=False)]
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One of the outputs of a run, planned and not yet written."""
+
+    adapter: Adapter[Any]
+    decomposition: Decomposition
+    layout: FileLayout | None
+    target: str | None
+    planned: _Planned
+    out: Path
+
+
+def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Job) -> list[Report]:
+    """Decompose once, plan for every target, truncate and write each plan."""
+    code = checked_dtype(job.dtype)
+    targets = job.target if isinstance(job.target, list) else [job.target]
+    wish = Wish(None if job.base is None else Path(job.base))
+    housed_for = {target: housed(source, target, wish) for target in targets}
     with ThreadPoolExecutor(1) as hasher:  # hashlib releases the GIL, so reading the file twice overlaps with work
-        digest = hasher.submit(_sha256, adapter.weights)
-        say(f"decomposing {len(adapter.factors)} modules")
-        decomposition = Decomposition(_moved(adapter.factors, device, backend), backend, threads)
-        layout = adapter.layout(code, " " * _HEADER_TEXT)
-        spectra = Spectra(decomposition.spectra.modules, layout)
-        plans = plans_of(spectra, adapter)
-        outs = [out / f"keep-{plan.value:g}" if several else out for plan in plans]
-        for i, (folder, plan) in enumerate(zip(outs, plans, strict=True)):
-            if folder in outs[:i]:
-                raise ParaError(f"two keep values both make '{folder}'; give each once")
-            adapter.check_ranks(plan.ranks)
-            if not dry_run:
-                adapter.check_out(folder, overwrite=overwrite)
-        reports = []
-        for plan, folder in zip(plans, outs, strict=True):
-            new = None
-            if not dry_run:
-                say("truncating" if not several else f"truncating to {plan.value:g}")
-                new = decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks))
-            report = _report(decomposition, plan, new, source=str(source), start=start)
-            report = _with_sizes(report, adapter, layout.bytes(plan.ranks) if layout else None)
-            report = replace(report, target=target, notes=(*adapter.notes, *report.notes))
-            if new is not None:
-                say(f"writing {folder}")
-                report = replace(report, output=str(folder))
-                report = _write(adapter, decomposition, new, folder, report, digest, code, overwrite)
-            reports.append(report)
-    return reports
+        digest = hasher.submit(_sha256, source.weights)
+        decompositions: dict[tuple[int, ...], Decomposition] = {}
+        outputs: list[_Output] = []
+        for target, adapter in housed_for.items():
+            key = tuple(map(id, adapter.factors))  # most targets take the source's own
+            if key not in decompositions:
+                job.say(f"decomposing {len(adapter.factors)} modules")
+                moved = _moved(adapter.factors, job.device, job.backend)
+                decompositions[key] = Decomposition(moved, job.backend, job.threads)
+            layout = adapter.layout(code, " " * HEADER_TEXT)
+            spectra = Spectra(decompositions[key].spectra.modules, layout)
+            for planned in plans(spectra, adapter):
+                place = (str(target or "same") if isinstance(job.target, list) else "", planned.name)
+                path = out.joinpath(*filter(None, place))
+                if path != out and out.suffix in FILE_SUFFIXES:
+                    raise ParaError(f"'{out}' would be one file, but there are several outputs: give a folder")
+                adapter.check_name(path)
+                if any(path == other.out for other in outputs):
+                    raise ParaError(f"two outputs would be '{path}'; give each value once")
+                adapter.check_ranks(planned.plan.ranks)
+                if not job.dry_run:
+                    adapter.check_out(path, overwrite=job.overwrite)
+                outputs.append(_Output(adapter, decompositions[key], layout, target, planned, path))
+        return [_written(output, label, digest, code, job) for output in outputs]
+
+
+def _written(output: _Output, label: str, digest: Future[str], code: str | None, job: _Job) -> Report:
+    """Truncate and write one output, unless the run is a dry one; its report."""
+    adapter, plan, new = output.adapter, output.planned.plan, None
+    if not job.dry_run:
+        job.say(f"truncating for {output.out}")
+        new = output.decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks))
+    report = _report(
+        output.decomposition.spectra,
+        plan,
+        new,
+        source=label,
+        start=job.start,
+        decomposition=output.decomposition,
+        truncates=output.planned.truncates,
+    )
+    report = _with_sizes(report, adapter, output.layout.bytes(plan.ranks) if output.layout else None)
+    report = replace(report, target=output.target, notes=(*adapter.notes, *output.planned.notes, *report.notes))
+    if new is None:
+        return report
+    job.say(f"writing {output.out}")
+    report = replace(report, output=str(output.out))
+    return _write(adapter, output.decomposition, new, output.out, report, digest, code, job.overwrite)
+
+
+def _given(budget: Mapping[str, Any]) -> set[str]:
+    """The names of the arguments that are not as they are by default."""
+    return {name for name, value in budget.items() if value is not None and value != _DEFAULTS.get(name)}
 
 
 def _shaped(budget: dict[str, Any], shaping: Mapping[str, Any], keeps: list[Any]) -> dict[str, Any]:
     """The budget with what the target needs of every plan."""
-    given = {name for name, value in budget.items() if value is not None and value != _DEFAULTS.get(name)}
+    given = _given(budget)
     if shaping and not given - {"score"} and keeps == [None]:
         budget = {**budget, "energy": DEFAULT_ENERGY}  # shaping alone, which the user did not ask for, would keep all
     wanted = {name: budget[name] for name in given & shaping.keys()}
@@ -337,17 +470,23 @@ def _moved(factors: Iterable[LoraFactors], device: str, backend: str | None) -> 
 
 
 def _report(
-    decomposition: Decomposition, plan: Plan, new: Sequence[Truncated] | None, *, source: str, start: float
+    spectra: Spectra,
+    plan: Plan,
+    new: Sequence[Truncated] | None,
+    *,
+    source: str,
+    start: float,
+    decomposition: Decomposition | None = None,
+    truncates: bool = True,
 ) -> Report:
-    spectra = decomposition.spectra
     predicted = [plan.errors[module.name] for module in spectra.modules]
     errors = predicted if new is None else [t.error for t in new]
     notes = []
-    floored = sum(f.min_rank > 0 for f in decomposition.factors)
+    floored = sum(module.min_rank > 0 for module in spectra.modules)
     if floored:
         notes.append(
-            f"{floored} of the modules keep rank ≥ 1, because they can't be left out (DoRA, a bias, other weights of "
-            "their own, a format that counts modules); with DoRA the error is that of B·A, not of the weight."
+            f"Rank ≥ 1 is kept in {floored} of {len(spectra.modules)} modules, which can't be left out (DoRA, a bias, "
+            "other weights of their own, or the format counts modules; with DoRA the error is that of B·A alone)."
         )
     if spectra.modules and spectra.energy == 0:
         notes.append("ΔW is zero in every module: is this adapter trained?")
@@ -355,15 +494,21 @@ def _report(
         notes.append(f"Energy kept is below {LOW_ENERGY:.0%}; {_better(spectra, plan)}.")
     if plan.shaping.get("uniform"):
         free = spectra.plan(params=plan.parameters_after)
-        notes.append(
-            f"Without one rank for all, as many parameters would keep {percent(free.energy)} of the energy, not "
-            f"{percent(plan.energy)}."
-        )
-    if plan.budget is None:
+        if percent(free.energy) != percent(plan.energy):
+            notes.append(
+                f"Without one rank for all, as many parameters would keep {percent(free.energy)} of the energy, not "
+                f"{percent(plan.energy)}."
+            )
+        if plan.parameters_after >= plan.parameters_before:
+            notes.append(
+                f"Nothing is saved: one rank for all is {max(plan.ranks.values())} here. For a reader that takes any "
+                "rank, allow smaller ones: --allowed-ranks 1,2,4,6.",
+            )
+    if plan.budget is None and truncates:
         notes.append("No budget was given, so everything that the shaping allows is kept; energy=0.95 is a good one.")
     elif not plan.shaping.get("uniform") and plan.unshaped_energy is not None and plan.unshaped_energy > plan.energy:
         notes.append(f"Without shaping the same budget would keep {plan.unshaped_energy:.2%} of the energy.")
-    undecided = undecided_components(spectra, plan, decomposition.betas)
+    undecided = undecided_components(spectra, plan, decomposition.betas) if decomposition else ()
     if undecided:
         notes.append(
             f"{len(undecided)} components are equal to the threshold within rounding; another backend may choose "
@@ -373,7 +518,7 @@ def _report(
         plan=plan,
         modules=module_reports(spectra, plan, errors),
         source=source,
-        backends=decomposition.backends,
+        backends=decomposition.backends if decomposition else (),
         undecided=undecided,
         notes=tuple(notes),
         seconds=time.perf_counter() - start,
@@ -423,7 +568,7 @@ def _write(
         "error": report.error,
     }
     text = json.dumps(header)
-    text = text.ljust(_HEADER_TEXT - text.count('"'))  # the header escapes quotes
+    text = text.ljust(HEADER_TEXT - text.count('"'))  # the header escapes quotes
     sidecar = {"source_sha256": digest.result(), **report.to_dict()}
     factors = decomposition.named(new)
     written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, code=code, overwrite=overwrite)

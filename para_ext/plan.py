@@ -92,6 +92,10 @@ def plan(
     total_rank: int | None = None,
     threshold: float | None = None,
     rank: int | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | str | None = None,
+    sv_fro: float | str | None = None,
+    layer_energy: float | str | None = None,
     score: str = "auto",
     min_rank: int = 0,
     max_rank: int | None = None,
@@ -113,6 +117,8 @@ def plan(
         total_rank: number of rank-1 components in all.
         threshold: keep σ ≥ threshold.
         rank: every module keeps its own top min(rank, r, m, n).
+        sv_ratio, sv_cumulative, sv_fro, layer_energy: the rules of other tools, each module by itself: the σ above
+            σ₁/sv_ratio; the fewest with Σσ, √Σσ², or Σσ² at least this part of the module's own.
         score: "sigma", "density" (σ² per parameter), or "auto": density for keep, params and size, else sigma.
         min_rank: at least this rank, as far as a module has one.
         max_rank: at most this rank.
@@ -126,7 +132,8 @@ def plan(
     """
     budgets = {
         "energy": energy, "keep": keep, "params": params, "size": size,
-        "total_rank": total_rank, "threshold": threshold, "rank": rank,
+        "total_rank": total_rank, "threshold": threshold, "rank": rank, "sv_ratio": sv_ratio,
+        "sv_cumulative": sv_cumulative, "sv_fro": sv_fro, "layer_energy": layer_energy,
     }  # fmt: skip
     shaping = _Shaping.checked(min_rank, max_rank, multiple_of, allowed_ranks, uniform)
     budget = _Budget.checked(budgets, shaping.given, score)
@@ -140,7 +147,7 @@ def plan(
         free = _Order.of(spectra, _Shaping(), budget)
         unshaped = _Outcome.of(spectra, free.ranks(_prefix(free, budget)))
 
-    scored = taken > order.mandatory and budget.name != "rank"
+    scored = taken > order.mandatory and budget.name != "rank" and budget.name not in OWN_RULES
     return Plan(
         ranks=kept.ranks,
         budget=budget.name,
@@ -286,6 +293,13 @@ def _bytes(name: str, value: Any) -> int:
     return _whole(name, math.floor(Fraction(match[1]) * _UNITS[match[2]]))
 
 
+def _ratio(name: str, value: Any) -> float:
+    ratio = _sigma(name, value)
+    if ratio <= 1:
+        raise ParaError(f"{name}={shown(value)} is out of range: give a number above 1, like 10 for all above σ₁/10")
+    return ratio
+
+
 def _sigma(name: str, value: Any) -> float:
     try:
         sigma = float(value)
@@ -304,7 +318,33 @@ _READERS: dict[str, Callable[[str, Any], Fraction | float | int]] = {
     "total_rank": _whole,
     "threshold": _sigma,
     "rank": _whole,
+    "sv_ratio": _ratio,
+    "sv_cumulative": _fraction,
+    "sv_fro": _fraction,
+    "layer_energy": _fraction,
 }
+
+
+BUDGETS = frozenset(_READERS)
+"""Names of all budgets."""
+
+
+# Rules of other tools, each module by itself
+
+
+def _count(sigma: NDArray[np.float64], power: int, part: float) -> int:
+    """The fewest σ whose powers' sum is at least this part of all; 0 where all are 0."""
+    sums = np.cumsum(sigma**power)
+    return int(np.searchsorted(sums, part * sums[-1])) + 1 if sums[-1] > 0 else 0
+
+
+OWN_RULES: dict[str, Callable[[NDArray[np.float64], float], int]] = {
+    "sv_ratio": lambda sigma, ratio: int(np.count_nonzero(sigma > sigma[0] / ratio)),
+    "sv_cumulative": lambda sigma, part: _count(sigma, 1, part),
+    "sv_fro": lambda sigma, part: _count(sigma, 2, part * part),
+    "layer_energy": lambda sigma, part: _count(sigma, 2, part),
+}
+"""How many components a module keeps: of its σ, descending, and the budget's value."""
 
 
 # The order
@@ -446,7 +486,11 @@ class _Order:
         least = [max([shaping.min_rank, *[m.min_rank for m in cell.members]]) for cell in cells]
         forced = blocks.start < np.array(least, dtype=np.int64)[blocks.cell]
         # Blocks stand in natural order here, and sorting is stable, so that is how ties end.
-        key = blocks.rank if budget.name == "rank" else -score
+        key: NDArray[Any]
+        if budget.name in OWN_RULES:
+            key = blocks.rank > _own_ranks(cells, spectra, budget)[blocks.cell]
+        else:
+            key = blocks.rank if budget.name == "rank" else -score
         order = np.lexsort((key, ~forced)) if forced.any() else np.argsort(key, kind="stable")
         mandatory = int(forced.sum())
         order[:mandatory].sort()
@@ -474,6 +518,13 @@ class _Order:
     def energy(self, taken: int) -> Fraction:
         """Σσ² of the first ``taken`` blocks, correctly rounded."""
         return Fraction(_kept(self.spectra, self.ranks(taken)))
+
+
+def _own_ranks(cells: Sequence[_Cell], spectra: Spectra, budget: _Budget) -> NDArray[np.int64]:
+    """[cells] the rank that each keeps by a rule of :data:`OWN_RULES`; of several modules, by their σ together."""
+    rule, value = OWN_RULES[str(budget.name)], float(budget.value or 0)
+    sigmas = (spectra.columns[c.name] if c.size == 1 else np.sqrt(c.components(spectra.squares)) for c in cells)
+    return np.array([rule(sigma, value) for sigma in sigmas], dtype=np.int64)
 
 
 def _positions(counts: Sequence[int]) -> NDArray[np.int64]:
@@ -533,6 +584,9 @@ def _prefix(order: _Order, budget: _Budget) -> int:
         low, high = np.searchsorted(sums, [float(target) - doubt, float(target) + doubt]).tolist()
         prefixes = range(max(order.mandatory, low), max(order.mandatory, min(high, len(order))))
         return prefixes.start + bisect_left(prefixes, True, key=lambda taken: order.energy(taken) >= target)
+    if budget.name in OWN_RULES:
+        own = _own_ranks(order.cells, order.spectra, budget)[order.blocks.cell]
+        return order.mandatory + int(np.count_nonzero((order.blocks.rank <= own)[order.mandatory :]))
     if budget.name == "size":
         return bisect_right(range(len(order)), limit, key=lambda i: _bytes_of(order, i + 1))
     if budget.name == "keep":
@@ -545,7 +599,9 @@ def _prefix(order: _Order, budget: _Budget) -> int:
 def _bytes_of(order: _Order, taken: int) -> int:
     layout = order.spectra.layout
     if layout is None:
-        raise ParaError("size is given, but these spectra come without the layout of a file: give params instead")
+        raise ParaError(
+            "size is given, but no safetensors file is written whose size would be known: give params or keep"
+        )
     return layout.bytes(order.ranks(taken))
 
 
@@ -580,6 +636,8 @@ def _check_feasible(order: _Order, budget: _Budget, taken: int) -> None:
     least = max(order.mandatory, min(1, len(order)))
     if taken >= least:
         return
+    if name in OWN_RULES:
+        raise ParaError(f"{asked} leaves no module a rank that the shaping allows: loosen the shaping or the rule")
     need = _bytes_of(order, least) if name == "size" else np.asarray(_costs(order, name)[least - 1]).item()
     if name == "threshold":
         raise ParaError(f"{asked} is above every score, so nothing is kept: the largest feasible is threshold={-need}")

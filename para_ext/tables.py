@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .inspection import Inspection
 from .naming import natural_key
-from .report import ModuleReport, Report, at_most, percent, span
+from .report import ModuleReport, Report, at_most, megabytes, percent, span
 from .verification import ModuleVerification, Verification
 
 _LEGEND = "energy: kept part of Σσ². error: bound of ‖ΔW−ΔW'‖_F / ‖ΔW‖_F."
@@ -60,23 +60,31 @@ def inspection_tables(inspection: Inspection) -> None:
     types = _table(
         f"{inspection.modules} modules, {inspection.parameters:,} LoRA parameters, ‖ΔW‖ = {inspection.norm:.4g}"
     )
-    for heading in ("type", "", "rank", "effective", "parameters", "share of energy", "σ₁", "zero"):
+    for heading in ("type", "", "rank", "effective", "parameters", "share of energy", "σ₁", "zero", "kept at 95%"):
         types.add_column(heading, justify="left" if heading == "type" else "right")
     for t in inspection.types:
         types.add_row(
             t.type, f"×{t.modules}", str(t.rank), f"{t.effective_rank:.1f}", f"{t.parameters:,}", f"{t.energy:.1%}",
-            f"{t.sigma_max:.3g}", str(t.dead or ""),
+            f"{t.sigma_max:.3g}", str(t.dead or ""), f"{t.kept:.1%}",
         )  # fmt: skip
+    for d in inspection.depths:
+        name, share, kept = f"layers {d.first}–{d.last}", f"{d.energy:.1%}", f"{d.kept:.1%}"
+        types.add_row(name, f"×{d.modules}", "", "", "", share, "", "", kept)
     budgets = _table("what a budget would keep")
-    for heading in ("budget", "parameters", "kept", "energy kept", "relative error"):
+    for heading in ("budget", "parameters", "kept", "file", "energy kept", "relative error", "one rank for all"):
         budgets.add_column(heading, justify="left" if heading == "budget" else "right")
     for b in inspection.budgets:
         budgets.add_row(
-            f"--{b.budget} {b.value:g}", f"{b.parameters:,}", f"{b.kept:.1%}", percent(b.energy), f"{b.error:.3g}"
-        )
+            f"--{b.budget} {b.value:g}", f"{b.parameters:,}", f"{b.kept:.1%}",
+            "–" if b.bytes is None else megabytes(b.bytes), percent(b.energy), f"{b.error:.3g}",
+            "–" if b.uniform_energy is None else f"{b.uniform_rank}: {percent(b.uniform_energy)}",
+        )  # fmt: skip
     console = _console()
     console.print(types)
     console.print(budgets)
+    if inspection.floor is not None and inspection.floor.kept < 1:
+        free = 1 - inspection.floor.kept
+        console.print(f"{free:.1%} of the parameters are free to drop. {inspection.floor.reason}", highlight=False)
 
 
 def verification_table(verification: Verification) -> None:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import ParaError
+
+
+def check_new(path: Path, adapters: Iterable[Path], option: str, *, overwrite: bool) -> None:
+    """Refuse a file, before any work, that can't be written or would be part of an adapter; ``option`` is its name."""
+    if any(path.resolve().is_relative_to(adapter.resolve()) for adapter in adapters):
+        raise ParaError(f"'{path}' lies inside an adapter: give {option} a place elsewhere")
+    if path.is_dir():
+        raise ParaError(f"'{path}' is a folder: give {option} the name of a file")
+    if path.exists() and not overwrite:
+        raise ParaError(f"'{path}' exists: give another {option}, or --overwrite")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise ParaError(f"'{path.parent}' is not a folder that can be written to: give another {option}")
 
 
 def write_text(path: Path, text: str) -> None:

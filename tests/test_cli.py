@@ -67,7 +67,7 @@ def test_help_is_quick_and_without_torch() -> None:
     assert statistics.median(seconds) < max(0.3, 12 * statistics.median(bare))
 
 
-@pytest.mark.parametrize("command", ["inspect", "compress", "verify", "info"])
+@pytest.mark.parametrize("command", ["inspect", "compress", "convert", "merge", "plan", "report", "verify", "info"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -404,3 +404,63 @@ def test_a_damaged_isa_setting_is_one_line(run: Run, adapter: Path, monkeypatch:
     code, _, err = run("inspect", adapter)
     assert code == 1
     assert "PARA_EXT_ISA is 'abacus'" in err
+
+
+def test_plan_from_spectra_says_what_compress_then_measures(run: Run, adapter: Path, tmp_path: Path) -> None:
+    spectra = tmp_path / "spectra.json"
+    assert run("inspect", adapter, "--spectra", spectra)[0] == 0
+    code, out, _ = run("plan", spectra, "--keep", "0.3", "--json")
+    planned = json.loads(out)
+    _, out, _ = run("compress", adapter, tmp_path / "small", "--keep", "0.3", "--json")
+    done = json.loads(out)
+    assert code == 0
+    assert planned["predicted"] and not done["predicted"]
+    assert planned["plan"]["ranks"] == done["plan"]["ranks"]
+    assert planned["bytes_after"] == done["bytes_after"]
+    assert done["error"] == pytest.approx(planned["error"], rel=1e-6, abs=1e-6 * done["norm"])  # what rounding adds
+    code, out, _ = run("plan", spectra, "--keep", "0.5", "--keep", "0.1")
+    assert code == 0
+    assert out.count("energy kept") >= 2
+    assert run("plan", adapter, "--keep", "0.5")[0] == 1
+
+
+def test_several_targets_and_budgets_are_several_folders(run: Run, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, _, _ = run(
+        "compress", adapter, out, "--target", "peft", "--target", "vllm", "--keep", "0.5", "--keep", "0.25"
+    )
+    assert code == 0
+    found = {str(path.parent.relative_to(out)) for path in out.rglob("adapter_model.safetensors")}
+    assert found == {f"{target}/keep-{keep}" for target in ("peft", "vllm") for keep in ("0.5", "0.25")}
+    code, _, error = run(
+        "compress", adapter, tmp_path / "x.safetensors", "--target", "kohya", "--keep", "1", "--keep", ".5"
+    )
+    assert code == 1
+    assert error.count("\n") == 1
+
+
+def test_merge(run: Run, adapter: Path, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "other", factors(seed=3, rank=4))
+    code, out, _ = run("merge", f"{adapter}=0.6", f"{other}=-0.4", "-o", tmp_path / "sum")
+    assert code == 0
+    assert "A weighted sum: 0.6 ×" in out
+    code, out, _ = run("merge", f"{adapter}=0.6", f"{other}=-0.4", "-o", tmp_path / "small", "--keep", "25%", "--json")
+    assert code == 0
+    assert json.loads(out)["parameters_after"] <= 0.25 * json.loads(out)["parameters_before"]
+    for words in (f"{adapter}", f"{adapter}=x", "=1"):
+        assert run("merge", words, f"{other}=1", "-o", tmp_path / "no")[0] == 2
+    assert run("merge", f"{other}=1", f"{other}=1", "-o", tmp_path / "no")[0] == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_familiar_rules(run: Run, adapter: Path, tmp_path: Path) -> None:
+    for rule in (("sv_fro", "0.9"), ("sv_ratio", "10"), ("sv_cumulative", "80%")):
+        code, _, _ = run(
+            "compress", adapter, tmp_path / rule[0], "--dynamic-method", rule[0], "--dynamic-param", rule[1]
+        )
+        assert code == 0
+    assert run("compress", adapter, tmp_path / "layer", "--layer-energy", "90%", "--max-rank", 4)[0] == 0
+    assert run("compress", adapter, tmp_path / "no", "--dynamic-method", "sv_fro")[0] == 2
+    code, out, _ = run("compress", adapter, tmp_path / "knee", "--auto", "knee")
+    assert code == 0
+    assert "The knee of energy" in out

@@ -309,7 +309,7 @@ def test_all_outputs_are_checked_before_any_work(tmp_path: Path) -> None:
     para_ext.compress_adapter(adapter, tmp_path / "many" / "keep-0.1", keep=0.1)
     with pytest.raises(ParaError, match=r"keep-0\.1' exists"):
         para_ext.compress_adapter(adapter, tmp_path / "many", keep=[0.5, 0.1])
-    with pytest.raises(ParaError, match=r"two keep values both make .*keep-0\.25'"):
+    with pytest.raises(ParaError, match=r"two outputs would be .*keep-0\.25'"):
         para_ext.compress_adapter(adapter, tmp_path / "many", keep=[0.25, "25%"])
     assert [p.name for p in (tmp_path / "many").iterdir()] == ["keep-0.1"]
 

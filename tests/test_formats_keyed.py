@@ -225,7 +225,7 @@ def test_overwrite(tmp_path: Path) -> None:
     file.symlink_to(source)
     with pytest.raises(ParaError, match=r"is what is read|not a regular file"):
         para_ext.compress_adapter(source, file, rank=1, overwrite=True)
-    with pytest.raises(ParaError, match="is one file, but several keep values"):
+    with pytest.raises(ParaError, match="would be one file, but there are several outputs"):
         para_ext.compress_adapter(source, tmp_path / "new.safetensors", keep=[0.5, 0.25])
 
 

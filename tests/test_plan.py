@@ -444,7 +444,7 @@ def test_padding_that_no_keep_can_pay_is_refused_with_params() -> None:
 
 
 def test_size_without_a_layout_is_refused() -> None:
-    with pytest.raises(ParaError, match="give params instead"):
+    with pytest.raises(ParaError, match="give params or keep"):
         spectra_of(module("a", 1)).plan(size="1MB")
 
 

@@ -216,11 +216,11 @@ REFUSED: dict[str, tuple[Source, tuple[str, ...], str]] = {
     "pipeline": (kohya_pipeline, ("peft", "vllm", "uniform", "trtllm", "mlx", "gguf", "merged"),
                  r"adapts several models \(text_encoder, text_encoder_2, unet\).*use --target diffusers"),
     "numbers": (lambda p: keyed(p, "unet:0", (":down", ":up")), ("peft", "kohya", "diffusers", "uniform"),
-                "has a number for a name.*leave --target out"),
+                "has a number for a name.*compress without --target"),
     "unknown words": (lambda p: keyed(p, "lora_unet_new_kind_of_block_0_x"), ("peft", "diffusers", "kohya", "uniform"),
-                      "whose dots are unknown.*leave --target out"),
+                      "whose dots are unknown.*compress without --target"),
     "dora_scale": (lambda p: keyed(p, "lora_unet_conv_in", lora_unet_conv_in__dora_scale=torch.ones(12, 1)),
-                   ("peft", "diffusers", "kohya"), "dora_scale.*leave --target out to keep"),
+                   ("peft", "diffusers", "kohya"), "dora_scale.*compress without --target to keep"),
     "merged linear": (merged_linear, ("peft", "vllm", "uniform", "trtllm", "mlx"), "is several layers in one"),
     "no diffusion": (peft_folder, ("diffusers", "kohya"), "is of no diffusion model that is known.*--target peft"),
     "original names": (lambda p: keyed(p, "lora_unet_joint_blocks_0_x_block_attn_qkv"), ("diffusers",),
@@ -228,7 +228,7 @@ REFUSED: dict[str, tuple[Source, tuple[str, ...], str]] = {
     "grouped": (lambda p: File().add("x", "unet.x", PEFT, (6, 2, 3, 3), groups=2).save(p.with_suffix(".safetensors")),
                 ("kohya", "diffusers", "uniform", "trtllm"), "--target peft"),
     "no base": (peft_folder, ("gguf", "merged"), "needs the base model: give its folder by --base"),
-    "convolution": (peft_unet, ("trtllm", "mlx"), "--target (peft|merged)"),
+    "convolution": (peft_unet, ("trtllm", "mlx"), "--target (peft|merged|diffusers)"),
     "names MLX lacks": (lambda p: write_adapter(p), ("mlx",), "has no name that is known in MLX: use --target merged"),
 }  # fmt: skip
 
@@ -250,14 +250,14 @@ def test_refusals_for_ranks_and_shaping(tmp_path: Path) -> None:
         ParaError, match=r"would have rank 530, but vLLM takes at most 512: compress with --max-rank 512"
     ):
         para_ext.convert_adapter(source, tmp_path / "out", "vllm")
-    with pytest.raises(ParaError, match=r"has rank 530, but the target uniform takes at most 512: compress"):
+    with pytest.raises(ParaError, match=r"has rank 530, but this target takes at most 512: compress"):
         para_ext.convert_adapter(source, tmp_path / "out", "uniform")
     small = peft_folder(tmp_path / "small")
     with pytest.raises(ParaError, match="uniform='type' is not what this target needs: leave it out"):
         para_ext.compress_adapter(small, tmp_path / "out", target="mlx", uniform="type")
     with pytest.raises(ParaError, match=r"target 'ollama' is unknown; use one of peft, vllm"):
         para_ext.compress_adapter(small, tmp_path / "out", target="ollama")
-    with pytest.raises(ParaError, match=r"is no base model, which has a config\.json"):
+    with pytest.raises(ParaError, match=r"does not exist: download the base model"):
         para_ext.compress_adapter(small, tmp_path / "out", target="merged", base=small / "adapter_config.json.no")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "wide"]
 

@@ -29,6 +29,9 @@ from ..factors import LoraFactors
 from ..layout import FileLayout
 from .output import SIDECAR, check_out, copy_along, write_file, write_folder, write_json
 
+FILE_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+"""Of names that nobody would give a folder."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Slot:
@@ -174,10 +177,14 @@ class Adapter(ABC, Generic[AnySlot]):
         """Whether ``out`` names a single file: it has the tensor file's suffix, and the format needs no other file."""
         return False
 
+    def check_name(self, out: Path) -> None:
+        """Refuse the name of a file where this format is a folder, or of another kind of file."""
+        if not self.as_file(out) and out.suffix in FILE_SUFFIXES:
+            raise ParaError(f"'{out}' would be a folder here, not a file: give a name without {out.suffix}")
+
     def check_out(self, out: Path, *, overwrite: bool) -> None:
         """Refuse an output that :meth:`write` would refuse, before any work."""
-        if not self.as_file(out) and out.suffix in (".safetensors", ".gguf", ".bin", ".pt"):
-            raise ParaError(f"'{out}' would be a folder here, not a file: give a name without {out.suffix}")
+        self.check_name(out)
         check_out(out, overwrite=overwrite, source=self.path, file=self.as_file(out))
 
     def write(

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ParaError
 from ..naming import natural_key
+from .output import CONFIG
 from .tensors import read_json
 
 _INDEX = "model.safetensors.index.json"
@@ -115,8 +116,12 @@ def read_base(path: Path) -> BaseModel:
     Raises:
         ParaError: there is none.
     """
+    if not path.exists():
+        raise ParaError(f"'{path}' does not exist: download the base model, and give its folder by --base")
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    if (path / CONFIG).is_file():
+        raise ParaError(f"'{path}' is an adapter: give the folder of its base model by --base")
+    if file.name != "config.json" or not file.is_file():
         raise ParaError(f"'{path}' is no base model, which has a config.json: give its folder")
     config = read_json(file)
     for part in ("text_config", "llm_config"):

@@ -46,6 +46,12 @@ def check_plain(adapter: PeftAdapter, target: str, *, foreign: bool = False, bia
     Raises:
         ParaError: naming it.
     """
+    diffusion = next((slot.name for slot in adapter.slots if names.placed(slot.name)), "")
+    if diffusion and target in ("vllm", "trtllm"):
+        raise ParaError(
+            f"module '{diffusion}' is of a diffusion model, which the target {target} is not for: use --target "
+            "diffusers or kohya"
+        )
     for key, name in _PLAIN.items():
         if adapter.config.get(key):
             raise ParaError(f"'{adapter.path}' uses {name}, which the target {target} can't express: use --target peft")
@@ -85,7 +91,7 @@ class VllmAdapter(PeftAdapter):
         return [
             *notes,
             f"vLLM: start with --max-lora-rank {bucket}. The memory of its slots depends on that alone, not on "
-            f"the ranks below it; --max-rank {below} would need the next smaller.",
+            f"the ranks below it." + (f" With --max-rank {below} it would be smaller." if below > 1 else ""),
         ]
 
 

@@ -226,16 +226,16 @@ def _check_names(adapter: Adapter[Any], target: str) -> None:
         if isinstance(slot, KeyedSlot) and not names.has_dots(slot.stem):
             raise ParaError(
                 f"module '{slot.name}' has a name whose dots are unknown, so that the target {target} can't be given "
-                "it: leave --target out to keep the names"
+                "it: compress without --target to keep the names"
             )
         if len(slot.members) > 1 and slot.A.ndim == 2 and not slot.experts:
             raise ParaError(
                 f"module '{slot.name}' is several layers in one, each with rows of its own in A, which the target "
-                f"{target} can't express: leave --target out"
+                f"{target} can't express: compress without --target"
             )
         if isinstance(slot, KeyedSlot) and slot.style.needs_all:
             raise ParaError(
-                f"module '{slot.name}' has a number for a name, which only its own format has: leave --target out"
+                f"module '{slot.name}' has a number for a name, as only its own format has: compress without --target"
             )
         if target == "diffusers" and names.original(slot.name):
             raise ParaError(
@@ -249,7 +249,7 @@ def _check_lora_only(adapter: Adapter[Any], target: str) -> None:
         key = next(iter(adapter.foreign))
         raise ParaError(
             f"'{adapter.path}' also holds '{key}' and {len(adapter.foreign) - 1} other tensors that are not LoRA's, "
-            f"which the target {target} would leave out: leave --target out to keep them"
+            f"which the target {target} would leave out: compress without --target to keep them"
         )
 
 
