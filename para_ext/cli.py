@@ -88,7 +88,7 @@ def _budget_options(command: Command) -> Command:
             "--score",
             type=click.Choice(["auto", "sigma", "density"]),
             default="auto",
-            help="Order by σ or by σ²/(m+n); auto: density for keep, params and size.",
+            help="Order by σ or by σ²/(m+n); auto: density for energy, keep, params and size.",
         ),
         click.option("--min-rank", metavar="R", type=int, default=0, help="No module goes below this rank."),
         click.option("--max-rank", metavar="R", type=int, help="No module goes above this rank."),

@@ -119,7 +119,8 @@ def plan(
         rank: every module keeps its own top min(rank, r, m, n).
         sv_ratio, sv_cumulative, sv_fro, layer_energy: the rules of other tools, each module by itself: the σ above
             σ₁/sv_ratio; the fewest with Σσ, √Σσ², or Σσ² at least this part of the module's own.
-        score: "sigma", "density" (σ² per parameter), or "auto": density for keep, params and size, else sigma.
+        score: "sigma", "density" (σ² per parameter), or "auto": density for energy, keep, params and size, where it
+            takes the fewest parameters (docs/evidence.md compares the two); else sigma.
         min_rank: at least this rank, as far as a module has one.
         max_rank: at most this rank.
         multiple_of: ranks are multiples of this.
@@ -260,7 +261,7 @@ class _Budget:
         if name == "threshold" and score != "auto":
             raise ParaError(f"score={shown(score)} is given with threshold, which is always on sigma: leave score out")
         if score == "auto":
-            score = "density" if name in ("keep", "params", "size") else "sigma"
+            score = "density" if name in ("energy", "keep", "params", "size") else "sigma"
         return cls(name, _READERS[name](name, budgets[name]) if name else None, score)
 
 

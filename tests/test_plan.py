@@ -166,12 +166,16 @@ def test_plan_is_the_longest_prefix_that_fits(spectra: Spectra, budget: tuple[st
 
 
 @deterministic
-@given(spectra_strategy(), st.sampled_from([0.25, 0.5, 0.9, 0.95, 1.0]) | st.floats(1e-3, 1.0))
-def test_energy_is_the_shortest_prefix_that_reaches_it(spectra: Spectra, value: float) -> None:
+@given(
+    spectra_strategy(),
+    st.sampled_from([0.25, 0.5, 0.9, 0.95, 1.0]) | st.floats(1e-3, 1.0),
+    st.sampled_from(["auto", "sigma", "density"]),
+)
+def test_energy_is_the_shortest_prefix_that_reaches_it(spectra: Spectra, value: float, score: str) -> None:
     target = Fraction(str(value)) * Fraction(spectra.energy)
-    candidates = prefixes(spectra, "sigma")[mandatory(spectra) :]
+    candidates = prefixes(spectra, "sigma" if score == "sigma" else "density")[mandatory(spectra) :]
     expected = next(p for p in candidates if Fraction(energy(spectra, p)) >= target)
-    plan = spectra.plan(energy=value)
+    plan = spectra.plan(energy=value, score=score)
     assert plan.ranks == expected
     assert plan.energy >= value
 
@@ -489,14 +493,14 @@ def test_order_within_a_module_survives_rounding() -> None:
 def test_defaults() -> None:
     spectra = spectra_of(module("a", 10, 1, 0), module("b", 3))
     plan = spectra.plan()
-    assert (plan.budget, plan.value, plan.score) == ("energy", 0.95, "sigma")
+    assert (plan.budget, plan.value, plan.score) == ("energy", 0.95, "density")
     assert plan.ranks == {"a": 1, "b": 1}
     shaped = spectra.plan(max_rank=2)
     assert (shaped.budget, shaped.value, shaped.ranks) == (None, None, {"a": 2, "b": 1})
     assert (shaped.unshaped_energy, shaped.unshaped_parameters) == (1.0, 64)
     assert shaped.shaping == {"max_rank": 2}
     assert [spectra.plan(**{b: 1}).score for b in ("energy", "keep", "total_rank", "rank")] == [
-        "sigma", "density", "sigma", "sigma",
+        "density", "density", "sigma", "sigma",
     ]  # fmt: skip
 
 
