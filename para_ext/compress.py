@@ -371,7 +371,13 @@ def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Jo
                 decompositions[key] = Decomposition(moved, job.backend, job.threads)
             layout = adapter.layout(code, " " * HEADER_TEXT)
             spectra = Spectra(decompositions[key].spectra.modules, layout)
-            for planned in plans(spectra, adapter):
+            try:
+                planned_outputs = plans(spectra, adapter)
+            except ParaError as e:
+                if len(housed_for) == 1:
+                    raise
+                raise ParaError(f"target {target}: {e}") from e
+            for planned in planned_outputs:
                 place = (str(target or "same") if isinstance(job.target, list) else "", planned.name)
                 path = out.joinpath(*filter(None, place))
                 if path != out and out.suffix in FILE_SUFFIXES:

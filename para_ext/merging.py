@@ -17,6 +17,7 @@ from .arrays import as_numpy, code_of
 from .errors import ParaError
 from .factors import LoraFactors
 from .formats import Adapter, PeftAdapter
+from .formats.keyed import KeyedAdapter
 from .formats.names import matched
 from .formats.peft import PeftSlot
 from .naming import natural_key
@@ -35,7 +36,7 @@ def merged(adapters: Sequence[tuple[Adapter[Any], float]]) -> Adapter[Any]:
     for adapter, weight in adapters:
         if not math.isfinite(weight) or weight == 0:
             raise ParaError(f"'{adapter.path}' has the weight {weight:g}: give a finite number that is not 0")
-        if type(adapter) is not type(first):
+        if type(adapter) is not type(first) or _style(adapter) != _style(first):
             raise ParaError(
                 f"'{adapter.path}' and '{first.path}' are of different formats: convert one to the other's first"
             )
@@ -48,11 +49,19 @@ def merged(adapters: Sequence[tuple[Adapter[Any], float]]) -> Adapter[Any]:
             parts.setdefault(spelt[slot.name], []).append((slot, weight))
     slots = tuple(_sum(name, parts[name]) for name in sorted(parts, key=natural_key))
     note = "A weighted sum: " + ", ".join(f"{weight:g} × {adapter.path}" for adapter, weight in adapters) + "."
-    changes: dict[str, Any] = {"slots": slots, "notes": (*first.notes, note)}
+    others = tuple(adapter.path for adapter, _ in adapters[1:])
+    changes: dict[str, Any] = {"slots": slots, "notes": (*first.notes, note), "others": others}
     if isinstance(first, PeftAdapter):
         everyone = cast("list[PeftAdapter]", [adapter for adapter, _ in adapters])
         changes["config"] = _config(first, everyone, cast("Sequence[PeftSlot]", slots))
     return replace(first, **changes)
+
+
+def _style(adapter: Adapter[Any]) -> tuple[Any, ...]:
+    """What single files must share for their modules to lie in one."""
+    if not isinstance(adapter, KeyedAdapter):
+        return ()
+    return adapter.alphas, adapter.settings, *sorted({slot.style.name for slot in adapter.slots})
 
 
 def widest(adapters: Iterable[Adapter[Any]]) -> str:

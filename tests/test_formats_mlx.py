@@ -136,3 +136,19 @@ def test_no_tensor_file(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(ParaError, match=r"holds no adapters\.safetensors"):
         read_adapter(tmp_path)
+
+
+def test_an_embedding_stays_one(tmp_path: Path) -> None:
+    """Its ΔW is the transpose of a linear layer's, and PEFT has other keys for it."""
+    folder = tmp_path / "mlx"
+    folder.mkdir()
+    name = "model.embed_tokens"
+    save_file(
+        {f"{name}.lora_a": torch.randn(40, 2), f"{name}.lora_b": torch.randn(2, 8)}, folder / "adapters.safetensors"
+    )
+    parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": [name]}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    para_ext.convert_adapter(folder, tmp_path / "peft", "peft")
+    keys = load_file(tmp_path / "peft" / "adapter_model.safetensors").keys()
+    assert keys == {f"base_model.model.{name}.lora_embedding_{side}" for side in "AB"}

@@ -132,3 +132,11 @@ def test_what_has_no_sum(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     (tmp_path / "b" / "adapter_config.json").unlink()
     (tmp_path / "b" / "adapter_model.safetensors").rename(single)
     refused("of different formats", {a: 1.0, single: 1.0}, out)
+
+
+def test_no_source_is_written_to(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    a, b = pair
+    for out, words in ((b, "is what is read"), (b / "inside", "lies inside"), (a, "is what is read")):
+        with pytest.raises(ParaError, match=words):
+            para_ext.merge_adapters({a: 0.5, b: 0.5}, out, overwrite=True)
+    assert {f.rank for f in read_adapter(b).factors} == {4}

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from adapters import write_adapter
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file as save_torch
 
+import para_ext
 from para_ext.errors import ParaError
 from para_ext.formats import output
 from para_ext.formats.output import copy_along, write_folder, write_safetensors
@@ -298,3 +302,27 @@ def test_dots_in_the_path_make_no_folder(tmp_path: Path) -> None:
 def _adapter(folder: Path, text: str) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_text(text)
+
+
+def test_overwrite_spares_what_is_not_ours(tmp_path: Path) -> None:
+    """A model's weights beside an adapter, and a file that para_ext did not write, are not replaced."""
+    adapter = write_adapter(tmp_path / "adapter")
+    out = tmp_path / "out"
+    para_ext.compress_adapter(adapter, out, keep=0.5)
+    (out / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ParaError, match=r"also holds model\.safetensors"):
+        para_ext.compress_adapter(adapter, out, keep=0.5, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == b"weights"
+
+    style = tmp_path / "style.safetensors"
+    pair = {"lora_unet_x.lora_down.weight": torch.ones(2, 4), "lora_unet_x.lora_up.weight": torch.ones(4, 2)}
+    save_torch(pair, style)
+    foreign = tmp_path / "model.safetensors"
+    save_torch({"w": torch.ones(3)}, foreign)
+    before = foreign.read_bytes()
+    with pytest.raises(ParaError, match="was not written by para-ext"):
+        para_ext.compress_adapter(style, foreign, keep=1.0, overwrite=True)
+    assert foreign.read_bytes() == before
+    small = tmp_path / "small.safetensors"
+    for _ in range(2):
+        para_ext.compress_adapter(style, small, keep=1.0, overwrite=True)

@@ -121,6 +121,7 @@ class Adapter(ABC, Generic[AnySlot]):
         metadata: of the safetensors header.
         notes: sentences for the report: how the source was understood.
         tensor_file: name of the tensor file in a folder that is written.
+        others: what else was read (other sources, the base model's folder): nothing is written there.
     """
 
     path: Path
@@ -130,6 +131,7 @@ class Adapter(ABC, Generic[AnySlot]):
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tensor_file: str
+    others: tuple[Path, ...] = ()
 
     @cached_property
     def factors(self) -> tuple[LoraFactors, ...]:
@@ -185,7 +187,8 @@ class Adapter(ABC, Generic[AnySlot]):
     def check_out(self, out: Path, *, overwrite: bool) -> None:
         """Refuse an output that :meth:`write` would refuse, before any work."""
         self.check_name(out)
-        check_out(out, overwrite=overwrite, source=self.path, file=self.as_file(out))
+        for source in (self.path, *self.others):
+            check_out(out, overwrite=overwrite, source=source, file=self.as_file(out))
 
     def write(
         self,

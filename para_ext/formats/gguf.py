@@ -130,7 +130,13 @@ def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
                 "adapter for one of them: use --target merged for an adapter of both, or leave it out"
             )
     return GgufAdapter(
-        path=adapter.path, weights=adapter.weights, slots=adapter.slots, notes=adapter.notes, base=base, targets=targets
+        path=adapter.path,
+        weights=adapter.weights,
+        slots=adapter.slots,
+        notes=adapter.notes,
+        others=adapter.others,
+        base=base,
+        targets=targets,
     )
 
 

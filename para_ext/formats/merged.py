@@ -20,11 +20,13 @@ from ..factors import LoraFactors
 from ..layout import FileLayout
 from .adapter import Adapter
 from .base import BaseModel
-from .output import check_out, write_safetensors
+from .output import write_safetensors
 from .peft import PREFIX, PeftAdapter, PeftSlot
 from .tensors import read_tensors
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
+# Models whose linear layers are Conv1D, which keeps weights transposed; PEFT knows them by their class.
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _NEVER = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
 
 
@@ -59,11 +61,6 @@ class MergedAdapter(Adapter[PeftSlot]):
     pieces: Mapping[str, Piece]
     saved: Mapping[str, NDArray[Any]]
 
-    def check_out(self, out: Path, *, overwrite: bool) -> None:
-        """See :meth:`Adapter.check_out`."""
-        super().check_out(out, overwrite=overwrite)
-        check_out(out, overwrite=overwrite, source=self.base.folder)
-
     def layout(self, code: str | None = None, metadata: str = "") -> FileLayout | None:
         """See :meth:`Adapter.layout`: its size does not depend on the ranks."""
         return None
@@ -81,7 +78,8 @@ class MergedAdapter(Adapter[PeftSlot]):
                     tensors[key] = _merged(self.pieces[key], tensors[key], factors)
             write_safetensors(folder / file, tensors, {**header, "format": "pt", "para_ext": metadata})
         for path in sorted(self.base.folder.iterdir()):
-            if path.is_file() and not path.is_symlink() and path.suffix not in _NEVER and path.name[0] != ".":
+            # Links too: in a hub's cache every file is one.
+            if path.is_file() and path.suffix not in _NEVER and path.name[0] != ".":
                 shutil.copyfile(path, folder / path.name)
         return [f"'{self.base.folder}' and the adapter in one: no runtime needs to know of LoRA."]
 
@@ -105,7 +103,7 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
                 "base model of this adapter"
             )
         saved[name] = tensor
-    flipped = bool(adapter.config.get("fan_in_fan_out"))
+    flipped = bool(adapter.config.get("fan_in_fan_out")) or base.kind in _CONV1D
     pieces: dict[str, Piece] = {}
     for slot in adapter.slots:
         found = _pieces(slot, base, shapes, flipped)
@@ -126,6 +124,7 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
         weights=adapter.weights,
         slots=adapter.slots,
         notes=adapter.notes,
+        others=(*adapter.others, base.folder),
         base=base,
         pieces=pieces,
         saved=saved,

@@ -22,6 +22,9 @@ from .tensors import read_json, read_tensors, recognise, writable_code
 
 _A, _B = ".lora_a", ".lora_b"
 
+# The file does not tell them from linear layers; ΔW is then the transpose of theirs.
+_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte")
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MlxAdapter(Adapter[Slot]):
@@ -103,7 +106,8 @@ def read_mlx(path: Path) -> MlxAdapter:
                 "read: lora_a [in, r], lora_b [r, out]"
             )
         members = (LoraFactors(name, b.T, a.T, float(scale)),)
-        slots.append(Slot(name=name, A=a.T, B=b.T, members=members))
+        embedding = name.rpartition(".")[2] in _EMBEDDINGS
+        slots.append(Slot(name=name, A=a.T, B=b.T, embedding=embedding, members=members))
     if not slots:
         raise ParaError(f"'{weights}' holds no LoRA pair: give a LoRA adapter of MLX")
     for key in foreign:
@@ -150,5 +154,10 @@ def for_mlx(adapter: PeftAdapter, base: BaseModel | None) -> MlxAdapter:
         "lora_parameters": {"rank": 0, "scale": 1.0, "dropout": 0.0, "keys": [slot.name for slot in slots]},
     }
     return MlxAdapter(
-        path=adapter.path, weights=adapter.weights, slots=tuple(slots), notes=adapter.notes, config=config
+        path=adapter.path,
+        weights=adapter.weights,
+        others=adapter.others,
+        slots=tuple(slots),
+        notes=adapter.notes,
+        config=config,
     )

@@ -181,10 +181,11 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise ParaError(f"'{out}' is not a folder, so --overwrite does not replace it: give another one")
     entries = sorted(out.iterdir())
     names = {path.name for path in entries}
-    ours = SIDECAR in names and sum(path.suffix in (".safetensors", ".gguf") for path in entries) == 1
+    tensors = [path for path in entries if path.suffix in (".safetensors", ".gguf")]
+    ours = SIDECAR in names and len(tensors) == 1
     if not ours and not {CONFIG, WEIGHTS} <= names:
         raise ParaError(f"'{out}' holds no adapter, so --overwrite does not replace it: give another folder")
-    foreign = [path.name for path in entries if not _is_ours(path)]
+    foreign = [path.name for path in entries if not (_is_ours(path) or (ours and path in tensors and path.is_file()))]
     if foreign:
         shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
         raise ParaError(f"'{out}' also holds {shown}, so --overwrite does not replace it: move that away first")
@@ -195,10 +196,14 @@ def _check_replaceable_file(out: Path, overwrite: bool) -> None:
         raise ParaError(f"'{out}' exists: give a new name, or --overwrite to replace it")
     if out.is_symlink() or not out.is_file():
         raise ParaError(f"'{out}' is not a regular file, so --overwrite does not replace it: give another one")
+    with out.open("rb") as file:
+        start = file.read(1 << 20)
+    if b"para_ext" not in start:  # the header's key; in both kinds of file it stands near the start
+        raise ParaError(f"'{out}' was not written by para-ext, so --overwrite does not replace it: move it away first")
 
 
 def _is_ours(path: Path) -> bool:
-    written = path.name in _WRITTEN or path.suffix in (".safetensors", ".gguf") or _goes_along(path.name)
+    written = path.name in _WRITTEN or _goes_along(path.name)
     return path.is_file() and not path.is_symlink() and written
 
 

@@ -95,7 +95,14 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
         "task_type": None,
     }
     notes = (*adapter.notes, "adapter_config.json was made up: name the base model in it.")
-    return PeftAdapter(path=adapter.path, weights=adapter.weights, slots=tuple(slots), config=config, notes=notes)
+    return PeftAdapter(
+        path=adapter.path,
+        weights=adapter.weights,
+        others=adapter.others,
+        slots=tuple(slots),
+        config=config,
+        notes=notes,
+    )
 
 
 def _without_copies(adapter: PeftAdapter) -> PeftAdapter:
@@ -261,6 +268,7 @@ def _single(adapter: Adapter[Any], slots: list[KeyedSlot], *, alphas: bool, sett
     return KeyedAdapter(
         path=adapter.path,
         weights=adapter.weights,
+        others=adapter.others,
         slots=tuple(slots),
         metadata={"format": "pt"},
         notes=adapter.notes,
