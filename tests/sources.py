@@ -131,7 +131,8 @@ def comfyui_flux(path: Path) -> Path:
 
 
 Source = Callable[[Path], Path]
-LANGUAGE: tuple[Source, ...] = (peft_folder, peft_rslora, mlx_folder, peft_keys, loralib)
+LANGUAGE: tuple[Source, ...] = (peft_folder, peft_rslora, mlx_folder)
+WITHOUT_SCALE: tuple[Source, ...] = (peft_keys, loralib)
 DIFFUSION: tuple[Source, ...] = (kohya_unet, diffusers_unet, peft_unet)
 
 

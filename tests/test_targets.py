@@ -17,6 +17,7 @@ from sources import (
     DIFFUSION,
     LANGUAGE,
     LAYERS,
+    WITHOUT_SCALE,
     Source,
     comfyui_flux,
     dense,
@@ -37,6 +38,7 @@ from para_ext.formats.names import matched
 
 MATRIX = [
     *((source, target) for source in LANGUAGE for target in ("peft", "vllm", "uniform", "trtllm", "mlx", None)),
+    *((source, None) for source in WITHOUT_SCALE),
     *((source, target) for source in DIFFUSION for target in ("peft", "uniform", "diffusers", "kohya", None)),
     *((kohya_pipeline, target) for target in ("diffusers", "kohya")),
     *((comfyui_flux, target) for target in ("peft", "kohya", "diffusers")),
@@ -44,6 +46,17 @@ MATRIX = [
 matrix = pytest.mark.parametrize(
     ("make", "target"), MATRIX, ids=lambda x: x if isinstance(x, str) else "own" if x is None else x.__name__
 )
+
+
+@pytest.mark.parametrize("make", WITHOUT_SCALE)
+@pytest.mark.parametrize("target", ["peft", "vllm", "uniform", "trtllm", "mlx"])
+def test_a_file_that_keeps_its_alpha_elsewhere_is_for_its_own_readers(
+    tmp_path: Path, make: Source, target: str
+) -> None:
+    """Another file would state a scale, and nobody knows it."""
+    with pytest.raises(ParaError, match="holds no alpha"):
+        para_ext.convert_adapter(make(tmp_path / "source"), tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
 
 
 @matrix

@@ -221,7 +221,9 @@ class Adapter(ABC, Generic[AnySlot]):
         def fill(folder: Path) -> None:
             nonlocal size
             notes.extend(self.fill(folder, factors, metadata=metadata, code=code))
-            size = sum(path.stat().st_size for path in folder.glob(self.tensor_file))
+            whole = "*" not in self.tensor_file  # else brackets in a name would be a pattern, too
+            files = [folder / self.tensor_file] if whole else folder.glob(self.tensor_file)
+            size = sum(path.stat().st_size for path in files)
             if not single:
                 write_json(folder / SIDECAR, sidecar)
                 if self.path.is_dir():

@@ -36,6 +36,11 @@ class BaseModel:
         return str(self.config.get("model_type", ""))
 
     @property
+    def tied(self) -> bool:
+        """Whether input and output share one weight, as transformers takes it where config.json does not say."""
+        return bool(self.config.get("tie_word_embeddings", True))
+
+    @property
     def layers(self) -> int:
         """How many layers it has.
 

@@ -124,7 +124,7 @@ def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
             taken.add(target)
         if (len(slot.members) > 1 and not slot.experts) or slot.A.ndim > 2:
             raise ParaError(f"module '{slot.name}' is no linear layer, which the target gguf needs: use --target peft")
-        if base.config.get("tie_word_embeddings") and targets[slot.name][0] in ("token_embd", "output"):
+        if base.tied and targets[slot.name][0] in ("token_embd", "output"):
             raise ParaError(
                 f"module '{slot.name}' shares its weight with another in '{base.folder}', and llama.cpp stops at an "
                 "adapter for one of them: use --target merged for an adapter of both, or leave it out"

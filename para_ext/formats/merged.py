@@ -112,12 +112,19 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
                 f"module '{slot.name}' has no weight in '{base.folder}' that its ΔW fits: give the base model of this "
                 "adapter, not quantized; for an output layer that shares its weight with the input there is none"
             )
+        if twice := next((key for key in found if key in pieces), ""):
+            raise ParaError(
+                f"modules '{slot.name}' and '{pieces[twice].slot.name}' would both be '{twice}' of '{base.folder}': "
+                "give the base model of this adapter"
+            )
         pieces |= found
-    embedding = next((slot.name for slot in adapter.slots if slot.embedding), "")
-    if base.config.get("tie_word_embeddings") and embedding:
+    shared = [slot.name for slot in adapter.slots if slot.embedding or slot.name.endswith("lm_head")]
+    shared += [key for key in saved if key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))]
+    embedding = next(iter(shared), "")
+    if base.tied and embedding:
         raise ParaError(
-            f"module '{embedding}' shares its weight with the output layer of '{base.folder}', which the adapter "
-            "leaves alone: it can't be merged; use --target peft"
+            f"'{embedding}' is one weight for input and output in '{base.folder}', of which the adapter changes "
+            "one side: it can't be merged; use --target peft"
         )
     return MergedAdapter(
         path=adapter.path,

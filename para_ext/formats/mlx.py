@@ -141,7 +141,7 @@ def for_mlx(adapter: PeftAdapter, base: BaseModel | None) -> MlxAdapter:
             or slot.role == "tied"
         ):
             raise ParaError(f"module '{slot.name}' has no name that is known in MLX: use --target merged")
-        if slot.embedding and (base is None or base.config.get("tie_word_embeddings")):
+        if slot.embedding and (base is None or base.tied):
             raise ParaError(
                 f"module '{slot.name}' may share its weight with the output layer, which MLX would adapt too: give "
                 "a base model where it doesn't by --base, or use --target merged"

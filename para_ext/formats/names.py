@@ -96,7 +96,8 @@ def placed(name: str) -> str:
 def original(name: str) -> bool:
     """Whether a module is named as in the model's first release, where diffusers' has other modules."""
     first = r"(double_blocks|single_blocks|joint_blocks|blocks\.\d+\.(self_attn|cross_attn|ffn\.\d))"
-    return bool(re.match(rf"transformer\.{first}(\.|$)", name))
+    unet = r"unet\.(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\."
+    return bool(re.match(rf"transformer\.({first}(\.|$)|final_layer\.)|{unet}", name))
 
 
 def matched(left: Iterable[str], right: Iterable[str]) -> dict[str, str]:

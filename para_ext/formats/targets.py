@@ -63,7 +63,9 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
     if isinstance(adapter, PeftAdapter):
         return adapter if target == "peft" else _without_copies(adapter)
     adapter = _apart(adapter)
-    parts = sorted({names.component(slot.name) for slot in adapter.slots})
+    # What stands behind PEFT's own prefix is for one model, whatever its first word.
+    alone = all(isinstance(slot, KeyedSlot) and slot.stem.startswith(PREFIX) for slot in adapter.slots)
+    parts = [""] if alone else sorted({names.component(slot.name) for slot in adapter.slots})
     if len(parts) > 1:
         raise ParaError(
             f"'{adapter.path}' adapts several models ({', '.join(part or 'one more' for part in parts)}), but a PEFT "
@@ -224,6 +226,11 @@ def _pipeline(adapter: Adapter[Any], target: str) -> list[tuple[Slot, str]]:
             )
         if slot.embedding or len(slot.members) > 1:
             raise ParaError(f"module '{slot.name}' is no plain linear layer or convolution: use --target peft")
+        if target == "kohya" and "single_transformer_blocks." in name:
+            raise ParaError(
+                f"module '{slot.name}' is Flux's as diffusers has it, which no reader of kohya's files takes: use "
+                "--target diffusers"
+            )
         pipeline.append((slot, name))
     return pipeline
 
@@ -248,6 +255,13 @@ def _check_names(adapter: Adapter[Any], target: str) -> None:
             raise ParaError(
                 f"module '{slot.name}' is named as in the original model, not as in diffusers: use --target kohya, "
                 "which diffusers converts when it loads it"
+            )
+    if isinstance(adapter, KeyedAdapter) and not adapter.alphas and not adapter.settings:
+        kept_apart = next((s for s in adapter.slots if s.style.name == "loralib" or s.stem.startswith(PREFIX)), None)
+        if kept_apart is not None:
+            raise ParaError(
+                f"'{adapter.path}' holds no alpha, which is kept elsewhere, so that the scale is unknown: give a PEFT "
+                "folder, with its adapter_config.json, or compress without --target"
             )
 
 
