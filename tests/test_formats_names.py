@@ -246,7 +246,7 @@ def test_real_keys_of_lokr_are_refused(tmp_path: Path, name: str) -> None:
 @needs_keys
 @pytest.mark.parametrize("name", [name for name in LORA if "dora" not in name])
 def test_real_keys_in_other_spellings(tmp_path: Path, name: str) -> None:
-    """To diffusers' names and to kohya's, ΔW stays to the bit; Flux as diffusers has it is nothing for kohya's readers."""
+    """ΔW stays to the bit in diffusers' names and in kohya's, whose readers take nothing of Flux as diffusers has it."""
     source = synthetic(LORA[name], tmp_path / "lora.safetensors")
     kohya, diffusers = (tmp_path / f"{target}.safetensors" for target in ("kohya", "diffusers"))
     para_ext.convert_adapter(source, diffusers, "diffusers")
