@@ -246,7 +246,7 @@ def test_real_keys_of_lokr_are_refused(tmp_path: Path, name: str) -> None:
 @needs_keys
 @pytest.mark.parametrize("name", [name for name in LORA if "dora" not in name])
 def test_real_keys_in_other_spellings(tmp_path: Path, name: str) -> None:
-    """ΔW stays to the bit in diffusers' names and in kohya's, whose readers take nothing of Flux as diffusers has it."""
+    """ΔW stays to the bit in diffusers' names and in kohya's; Flux as diffusers has it is not for them."""
     source = synthetic(LORA[name], tmp_path / "lora.safetensors")
     kohya, diffusers = (tmp_path / f"{target}.safetensors" for target in ("kohya", "diffusers"))
     para_ext.convert_adapter(source, diffusers, "diffusers")
