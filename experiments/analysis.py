@@ -74,23 +74,33 @@ def write(folder: Path, records: Sequence[Mapping[str, Any]], name: str = "cells
             writer.writerows({c: _shown(record.get(c)) for c in chosen} for record in records)
 
 
+def records(folder: Path, name: str = "cells") -> list[dict[str, str]]:
+    """What :func:`write` wrote, as text."""
+    with (folder / f"{name}-rows.csv").open(encoding="utf-8", newline="") as file:
+        right = {key(r): r["right"] for r in csv.DictReader(file)}
+    with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return [{**r, "right": right[key(r)]} for r in csv.DictReader(file)]
+
+
 def read(folder: Path, name: str = "cells") -> list[Row]:
     """What :func:`write` wrote."""
-    with (folder / f"{name}-rows.csv").open(encoding="utf-8", newline="") as file:
-        right = {tuple(r[k] for k in KEYS): r["right"] for r in csv.DictReader(file)}
-    with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-        return [_row(r, right[tuple(r[k] for k in KEYS)]) for r in csv.DictReader(file)]
+    return [_row(record) for record in records(folder, name)]
+
+
+def key(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a record is of, as it is written."""
+    return tuple("" if record[k] is None else str(_shown(record[k])) for k in KEYS)
 
 
 def _shown(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _row(r: Mapping[str, str], right: str) -> Row:
+def _row(r: Mapping[str, str]) -> Row:
     def number(column: str) -> float | None:
         return float(r[column]) if r[column] else None
 
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(right), np.uint8))[: int(r["rows"])].astype(bool)
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(r["right"]), np.uint8))[: int(r["rows"])].astype(bool)
     rank = number("rank")
     return Row(
         r["task"], int(r["seed"]), r["method"], None if rank is None else int(rank), number("energy_budget"),

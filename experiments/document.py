@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / "figures"
 DOCUMENTS = (ROOT / "docs" / "evidence.md", ROOT / "README.md")
+HEADLINE_TASKS = 2  # those of the primary grid
 HEADLINE = ("sigma", "density", "uniform", "trained-low")
 PAIRS = (
     ("sigma", "uniform"),
@@ -35,7 +36,11 @@ PAIRS = (
     ("columns", "density"),
     ("tuned", "density"),
     ("tuned", "trained-low"),
+    ("tuned", "lora-tuned"),
+    ("adalora", "trained-low"),
+    ("density", "adalora"),
 )
+WHOLE = ("lora-tuned",)  # without a budget
 
 
 def main() -> None:
@@ -79,7 +84,7 @@ def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
 def headline(results: Results) -> str:
     """A row per budget and task: the part of LoRA's gain that is kept, with the accuracy."""
     rows = []
-    for task in results.tasks:
+    for task in results.tasks[:HEADLINE_TASKS]:
         full, head = results.accuracy(task, "lora").mean, results.head(task)
         rows.append([f"**{figures.TITLES[task]}**, LoRA {_percent(full)}, head only {_percent(head)}", *[""] * 4])
         for rank in results.ranks(task):
@@ -94,9 +99,12 @@ def accuracy(results: Results) -> str:
     for task in results.tasks:
         ranks = results.ranks(task)
         full = results.seeds(task, "lora")
+        more = results.seeds(task, "lora-tuned")
         parts.append(
-            f"**{figures.TITLES[task]}**: {next(iter(full.values())).parameters:,} LoRA parameters. "
-            f"LoRA {_estimate(results.accuracy(task, 'lora'))}, head on frozen features {_percent(results.head(task))}."
+            f"**{figures.TITLES[task]}**: {next(iter(full.values())).parameters:,} LoRA parameters, "
+            f"{len(full)} seed{'s' * (len(full) > 1)}. LoRA {_estimate(results.accuracy(task, 'lora'))}, "
+            + (f"with 50 more steps {_estimate(results.accuracy(task, 'lora-tuned'))}, " if more else "")
+            + f"head on frozen features {_percent(results.head(task))}."
         )
         rows = [
             [figures.LABELS[method], *(_accuracy(results, task, method, rank) for rank in ranks)]
@@ -223,10 +231,11 @@ def _accuracy(results: Results, task: str, method: str, rank: int) -> str:
 
 
 def _pair(results: Results, task: str, ours: str, theirs: str, rank: int) -> str:
-    a, b = results.seeds(task, ours, rank), results.seeds(task, theirs, rank)
+    their_rank = None if theirs in WHOLE else rank
+    a, b = results.seeds(task, ours, rank), results.seeds(task, theirs, their_rank)
     if not a.keys() & b.keys():
         return ""
-    return _points(results.compared(task, ours, theirs, rank, rank))
+    return _points(results.compared(task, ours, theirs, rank, their_rank))
 
 
 def _points(found: Difference) -> str:

@@ -40,7 +40,7 @@ import para_ext
 
 RESULTS = Path(__file__).parent / "results"
 PRIMARY = ("rotten-tomatoes", "fashion-mnist")
-OTHERS = ("rotten-tomatoes-qv", "vader", "imdb", "rotten-tomatoes-r32")
+OTHERS = ("garments", "rotten-tomatoes-qv", "vader", "rotten-tomatoes-r32", "imdb")
 # What tells most comes first.
 PARTS: tuple[Callable[[str, int], list[Cell]], ...] = (
     partial(grid.compressions, chosen=("sigma", "uniform", "density")),
@@ -50,9 +50,14 @@ PARTS: tuple[Callable[[str, int], list[Cell]], ...] = (
 )
 # (rank, learning rate) that were tried; those that tasks.py says are among them.
 RATES = {
-    "rotten-tomatoes": ((64, 1e-3), (4, 1e-3), (4, 4e-3)),
-    "fashion-mnist": ((32, 1e-3), (32, 4e-3), (32, 1e-2), (2, 4e-3), (2, 1.6e-2)),
+    "rotten-tomatoes": ((64, 1e-3), (4, 1e-3), (4, 4e-3), (16, 1e-3), (16, 2e-3), (16, 4e-3)),
+    "fashion-mnist": (
+        *((32, 1e-3), (32, 4e-3), (32, 1e-2), (2, 4e-3), (2, 1.6e-2)),
+        *((8, 4e-3), (8, 8e-3), (8, 1.6e-2)),
+    ),
+    "garments": ((32, 2e-3), (32, 4e-3), (32, 8e-3), (2, 8e-3), (2, 1.6e-2), (8, 4e-3), (8, 8e-3)),
 }
+ADALORA_RATES = (2e-3, 5e-3, 1.25e-2)
 QUICK_RANK = 16
 QUICK_TOLERANCE = 0.03  # of accuracy: 2.5 standard errors of 1,500 rows, for other processors train other weights
 
@@ -72,45 +77,64 @@ def more() -> Iterable[tuple[str, Cell]]:
     ):
         for seed, name in itertools.product(grid.SEEDS, PRIMARY):
             yield from ((name, cell) for cell in part(name, seed))
-    for seed, name in itertools.product(grid.SEEDS, PRIMARY):
-        yield from ((name, cell) for cell in grid.tuned(name, seed))
-    for name, seed in itertools.product(OTHERS, grid.SEEDS):
+    for part in (grid.tuned, grid.allotted):
+        for seed, name in itertools.product(grid.SEEDS, PRIMARY):
+            yield from ((name, cell) for cell in part(name, seed))
+    for seed, name in itertools.product(grid.SEEDS, OTHERS):
         for part in PARTS:
             yield from ((name, cell) for cell in part(name, seed))
 
 
-def run(cells: Iterable[tuple[str, Cell]], out: Path, task: str | None) -> None:
-    """Measure what is not there yet, of all tasks or of one: processes with different tasks may share the work."""
+def run(cells: Iterable[tuple[str, Cell]], out: Path, tasks: Sequence[str], lacking: bool) -> None:
+    """Measure what is not there yet, of these tasks: processes with different tasks may share the work.
+
+    ``lacking``: nor in results/.
+    """
     measured = Grid(out)
+    there = {analysis.key(record) for record in analysis.records(RESULTS)} if lacking else set()
     for name, cell in cells:
-        if task in (None, name):
+        if name in tasks and analysis.key(grid.identity(name, cell)) not in there:
             measured.measure(name, cell)
 
 
-def rates(out: Path) -> None:
-    """Write rates.csv: accuracy on the validation rows, seed 0."""
-    records = []
-    for name, tried in RATES.items():
-        bench = grid.Bench(grid.TASKS[name], out)
-        labels = bench.task.splits().valid.labels
-        for rank, rate in tried:
-            folder = bench.adapter(replace(grid.Training.of(bench.task, rank, 0), learning_rate=rate))
+def rates(out: Path, tasks: Sequence[str]) -> None:
+    """Add to rates.csv what it lacks: accuracy on the validation rows, seed 0."""
+    path = RESULTS / "rates.csv"
+    there = {(r["task"], r["method"], r["rank"], r["learning_rate"]) for r in _read(path)}
+    measured = Grid(out)
+    for name, tried in ((name, tried) for name, tried in RATES.items() if name in tasks):
+        task = grid.TASKS[name]
+        adalora = [(task.rank // 4, rate, "adalora") for rate in ADALORA_RATES]
+        for rank, rate, method in (*((*pair, "lora") for pair in tried), *adalora):
+            settings = {"task": name, "method": method, "rank": str(rank), "learning_rate": f"{rate:g}"}
+            if tuple(settings.values()) in there:
+                continue
+            bench = measured.bench(name)
+            folder = bench.adapter(replace(grid.Training.of(task, rank, 0, method), learning_rate=rate))
             logits = bench.logits(para_ext.decompose(folder).factors, grid.head_of(folder), "valid")
-            found = {key: f"{grid.outcome(logits, labels)[key]:.6g}" for key in ("accuracy", "loss")}
-            records.append({"task": name, "rank": rank, "learning_rate": rate, **found, "code": grid.code()})
-    _write("rates", records)
+            found = grid.outcome(logits, task.splits().valid.labels)
+            shown = {key: f"{found[key]:.6g}" for key in ("accuracy", "loss")}
+            _write("rates", [*_read(path), {**settings, **shown, "code": grid.code()}])
 
 
 def collect(out: Path) -> None:
-    """Write all cells that were measured, in the order of the grid."""
+    """Write all cells that were measured, in the order of the grid; those of results/ that were not stay there."""
     measured = Grid(out)
     wanted = [*primary(), *more()]
-    found = {measured.path(name, cell): None for name, cell in wanted if measured.path(name, cell).exists()}
-    records = [json.loads(path.read_text()) for path in found]
-    analysis.write(RESULTS, records)
-    trained = dict.fromkeys(cell.training.folder(out) / "training.json" for _, cell in wanted if cell.training)
-    _write("trainings", [json.loads(path.read_text()) for path in trained if path.exists()])
-    missing = len({measured.path(name, cell) for name, cell in wanted}) - len(found)
+    old = {analysis.key(record): record for record in analysis.records(RESULTS)}
+    records = {}
+    for name, cell in wanted:
+        key, path = analysis.key(grid.identity(name, cell)), measured.path(name, cell)
+        if path.exists() or key in old:
+            records[key] = json.loads(path.read_text()) if path.exists() else old[key]
+    analysis.write(RESULTS, list(records.values()))
+    trainings = {tuple(record.values())[:-2]: record for record in _read(RESULTS / "trainings.csv")}
+    for path in (cell.training.folder(out) / "training.json" for _, cell in wanted if cell.training):
+        if path.exists():
+            record = {name: str(value) for name, value in json.loads(path.read_text()).items()}
+            trainings[tuple(record.values())[:-2]] = record
+    _write("trainings", list(trainings.values()))
+    missing = len({measured.path(name, cell) for name, cell in wanted}) - len(records)
     print(f"{len(records)} cells in {RESULTS}; {missing} of the whole plan were not measured")
 
 
@@ -125,6 +149,11 @@ def _write(name: str, records: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def quick(out: Path) -> int:
@@ -160,7 +189,8 @@ def main() -> int:
     parser.add_argument("command", choices=["rates", "run", "more", "adapters", "collect", "quick"])
     parser.add_argument("folder", type=Path, nargs="?", help="for adapters: one folder per adapter in it")
     parser.add_argument("--out", type=Path, default=Path("build/evidence"), help="work folder (default: %(default)s)")
-    parser.add_argument("--task", choices=list(grid.TASKS), help="for run and more: this one only")
+    parser.add_argument("--task", choices=list(grid.TASKS), nargs="+", default=list(grid.TASKS), help="these only")
+    parser.add_argument("--lacking", action="store_true", help="for run and more: only what results/ lacks")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -171,11 +201,12 @@ def main() -> int:
     if arguments.command == "adapters":
         adapters(arguments.folder)
     elif arguments.command == "rates":
-        rates(arguments.out)
+        rates(arguments.out, arguments.task)
     elif arguments.command == "collect":
         collect(arguments.out)
     else:
-        run(primary() if arguments.command == "run" else more(), arguments.out, arguments.task)
+        cells = primary() if arguments.command == "run" else more()
+        run(cells, arguments.out, arguments.task, arguments.lacking)
     return 0
 
 

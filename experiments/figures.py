@@ -25,6 +25,7 @@ LABELS = {
     "tempered": "σ²/((m+n)·‖ΔW‖_F)",
     "columns": "largest ‖b‖·‖a‖, no SVD",
     "adalora": "AdaLoRA trained to the budget",
+    "lora-tuned": "LoRA and 50 more steps",
     "energy-sigma": "PARA, σ, by energy",
     "energy-density": "PARA, σ²/(m+n), by energy",
     "tuned": "PARA, σ²/(m+n), and 50 more steps",
@@ -36,7 +37,7 @@ TITLES = {
     "imdb": "MiniLM, r=64, IMDB",
     "vader": "MiniLM, r=64, VADER's rated sets",
     "fashion-mnist": "EfficientNet-Lite0, r=32, Fashion-MNIST",
-    "transformer": "small ViT, r=32, Fashion-MNIST's other classes",
+    "garments": "small ViT, r=32, Fashion-MNIST's garments",
 }
 COLOURS = dict(zip(LABELS, (*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors), strict=False))
 SHOWN = ("sigma", "density", "uniform", "layer-energy", "trained-low", "random")
@@ -49,10 +50,19 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def _panels(results: Results) -> tuple[Any, list[Any]]:
+    """A figure with a panel per task, two beside each other; those left over are hidden."""
+    rows = -(-len(results.tasks) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(9.2, 3.8 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(results.tasks) :]:
+        axis.set_visible(False)
+    return figure, list(axes.flat)
+
+
 def accuracy(results: Results, path: Path) -> None:
     """Accuracy over LoRA parameters, a panel per task; bars span the seeds."""
-    figure, axes = plt.subplots(1, len(results.tasks), figsize=(4.6 * len(results.tasks), 3.8), squeeze=False)
-    for axis, task in zip(axes[0], results.tasks, strict=True):
+    figure, axes = _panels(results)
+    for axis, task in zip(axes, results.tasks, strict=False):
         full = results.accuracy(task, "lora").mean
         axis.axhline(100 * full, color="black", linewidth=0.8)
         axis.axhline(100 * results.head(task), color="black", linewidth=0.8, linestyle=":")
@@ -75,7 +85,7 @@ def accuracy(results: Results, path: Path) -> None:
         axis.set_xlabel("LoRA parameters kept")
         axis.set_ylabel("test accuracy, %")
         axis.grid(alpha=0.25)
-    axes[0][0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     _save(figure, path)
 
 
@@ -105,8 +115,8 @@ def energy(results: Results, path: Path) -> None:
 
 def error(results: Results, path: Path) -> None:
     """Accuracy over the predicted error, every method and budget."""
-    figure, axes = plt.subplots(1, len(results.tasks), figsize=(4.6 * len(results.tasks), 3.6), squeeze=False)
-    for axis, task in zip(axes[0], results.tasks, strict=True):
+    figure, axes = _panels(results)
+    for axis, task in zip(axes, results.tasks, strict=False):
         for method in results.methods(task):
             cells = [results.seeds(task, method, rank) for rank in results.ranks(task)]
             rows = [row for cell in cells for row in cell.values() if row.error is not None]
@@ -117,7 +127,7 @@ def error(results: Results, path: Path) -> None:
         axis.set_xlabel("‖ΔW − ΔW'‖ / ‖ΔW‖")
         axis.set_ylabel("test accuracy, %")
         axis.grid(alpha=0.25)
-    axes[0][-1].legend(fontsize=6, loc="lower left")
+    axes[1].legend(fontsize=6, loc="lower left")
     _save(figure, path)
 
 

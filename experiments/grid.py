@@ -17,6 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import adalora
 import methods
 import numpy as np
 import torch
@@ -45,15 +46,17 @@ class Training:
     learning_rate: float
     batch: int
     epochs: int
+    method: str = "lora"  # or "adalora", whose mean rank ``rank`` is
 
     @classmethod
-    def of(cls, task: Task, rank: int, seed: int) -> Training:
+    def of(cls, task: Task, rank: int, seed: int, method: str = "lora") -> Training:
         """As the task says."""
-        return cls(task.name, rank, seed, task.rate(rank), task.batch, task.epochs)
+        rate = task.adalora_rate if method == "adalora" else task.rate(rank)
+        return cls(task.name, rank, seed, rate, task.batch, task.epochs, method)
 
     def folder(self, out: Path) -> Path:
         """Where the trained adapter is kept."""
-        return out / "adapters" / f"{self.task}-r{self.rank}-s{self.seed}-{key(self)}"
+        return out / "adapters" / f"{self.task}-{self.method}-r{self.rank}-s{self.seed}-{key(self)}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Cell:
 
     training: Training | None  # None: the head on frozen features
     method: str
-    rank: int | None = None
+    rank: int | None = None  # of the budget
     energy: float | None = None
     steps: int = 0  # trained after compression
 
@@ -170,8 +173,12 @@ class Bench:
         torch.manual_seed(wanted.seed)
         model = self.task.model()
         model.classifier.load_state_dict(self.head)
-        adapted = training.adapt(self.task, model, wanted.rank)
-        training.train(adapted, self.task.splits().train, self.task, wanted.seed, wanted.learning_rate)
+        if wanted.method == "adalora":
+            budget = self.params(wanted.rank)
+            adapted = adalora.train(self.task, model, wanted.rank, budget, wanted.seed, wanted.learning_rate)
+        else:
+            adapted = training.adapt(model, training.ranks(self.task, model, wanted.rank))
+            training.train(adapted, self.task.splits().train, self.task, wanted.seed, wanted.learning_rate)
         return save(adapted, folder, {**asdict(wanted), **clock.seconds()})
 
 
@@ -204,6 +211,13 @@ def outcome(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
+def identity(name: str, cell: Cell) -> dict[str, Any]:
+    """What a record is of."""
+    return {
+        "task": name, "seed": _seed(cell), "method": cell.method, "rank": cell.rank, "energy_budget": cell.energy
+    }  # fmt: skip
+
+
 class Grid:
     """Measures cells; ``out`` holds adapters and results."""
 
@@ -221,11 +235,8 @@ class Grid:
                 bench.adapter(cell.training)  # whose training has its own time
             clock = Clock()
             record = self._measured(bench, cell)
-            record = {
-                "task": name, "seed": _seed(cell),
-                "method": cell.method, "rank": cell.rank, "energy_budget": cell.energy,
-                **record, **clock.seconds(), "code": code(), "date": date.today().isoformat(),
-            }  # fmt: skip
+            about = {**clock.seconds(), "code": code(), "date": date.today().isoformat()}
+            record = {**identity(name, cell), **record, **about}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record))
             print(f"{path.stem}: accuracy {record['accuracy']:.4f}, {record['seconds']} s", flush=True)
@@ -261,7 +272,7 @@ class Grid:
         if cell.energy is not None:
             score = cell.method.removeprefix("energy-")
             new = decomposition.truncate(decomposition.spectra.plan(energy=cell.energy, score=score))
-        elif cell.method in ("lora", "trained-low"):
+        elif cell.method in ("lora", "trained-low", "adalora"):
             return decomposition.factors, None
         else:
             budget = methods.Budget(cell.rank, bench.params(cell.rank), cell.training.seed)
@@ -269,13 +280,15 @@ class Grid:
         return new, methods.error(decomposition.factors, new)
 
     def _tuned(self, bench: Bench, folder: Path, cell: Cell) -> Path:
-        """The compressed adapter after so many more steps of training."""
+        """The adapter, compressed where there is a budget, after so many more steps of training."""
         tuned = folder.with_name(f"{folder.name}-tuned-{key(cell)}")
         if tuned.exists():
             return tuned
         clock = Clock()
-        small = folder.with_name(f"{folder.name}-small")
-        para_ext.compress_adapter(folder, small, params=bench.params(cell.rank), overwrite=True)
+        small = folder
+        if cell.rank is not None:
+            small = folder.with_name(f"{folder.name}-small")
+            para_ext.compress_adapter(folder, small, params=bench.params(cell.rank), overwrite=True)
         model = PeftModel.from_pretrained(bench.task.model(), small, is_trainable=True).eval()
         rows = bench.task.splits().train
         training.train(model, rows, bench.task, cell.training.seed + 100, cell.training.learning_rate / 2, cell.steps)
@@ -309,8 +322,17 @@ def trained_low(name: str, seed: int, divisor: int) -> list[Cell]:
 
 
 def tuned(name: str, seed: int) -> list[Cell]:
-    """Compressed, and trained a little more."""
-    return [Cell(_high(name, seed), "tuned", rank, steps=TUNING_STEPS) for rank in _small(name)]
+    """Compressed, and trained a little more; and the LoRA itself, trained as much more."""
+    high = _high(name, seed)
+    return [
+        Cell(high, "lora-tuned", steps=TUNING_STEPS),
+        *(Cell(high, "tuned", rank, steps=TUNING_STEPS) for rank in _small(name)),
+    ]
+
+
+def allotted(name: str, seed: int) -> list[Cell]:
+    """AdaLoRA, trained to each budget."""
+    return [Cell(Training.of(TASKS[name], rank, seed, "adalora"), "adalora", rank) for rank in _small(name)]
 
 
 def _seed(cell: Cell) -> int:

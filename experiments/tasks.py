@@ -1,7 +1,7 @@
 """Tasks: data, a pretrained model with a linear head, which of its layers get a LoRA, and how it is trained.
 
-Text is classified by MiniLM, images by EfficientNet-Lite0; models and data come from the packages in requirements.txt
-and, for Fashion-MNIST, from Debian's dataset-fashion-mnist.
+Text is classified by MiniLM, images by EfficientNet-Lite0 and by a vision transformer that is pretrained here; models
+and data come from the packages in requirements.txt and, for Fashion-MNIST, from Debian's dataset-fashion-mnist.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is imported
 
 import numpy as np
 import torch
+import training
 import transformers
+import vision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,10 +77,8 @@ class Images:
     labels: Tensor
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, ...]:
-        """As EfficientNet-Lite was trained: three channels of (x - 127) / 128, here [len(rows), 3, size, size]."""
-        pixels = (self.pixels[list(rows), None].float() - 127) / 128
-        pixels = F.interpolate(pixels, size=IMAGE_SIZE, mode="bilinear").expand(-1, 3, -1, -1)
-        return (pixels.contiguous(memory_format=torch.channels_last),)
+        """(x - 127) / 128, as EfficientNet-Lite was trained, [len(rows), 1, height, width]."""
+        return ((self.pixels[list(rows), None].float() - 127) / 128,)
 
     def batches(self, size: int, seed: int) -> list[list[int]]:
         """Random batches."""
@@ -143,8 +143,28 @@ class EfficientNet(Classifier):
         self.to(memory_format=torch.channels_last)  # a third of the time on a CPU
 
     def features(self, *batch: Tensor) -> Tensor:
-        """Mean of the last feature maps of images, [images, 1280]."""
-        return self.network.extract_features(*batch).mean((2, 3))
+        """Mean of the last feature maps of images made larger and coloured, [images, 1280]."""
+        pixels = F.interpolate(*batch, size=IMAGE_SIZE, mode="bilinear").expand(-1, 3, -1, -1)
+        return self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+
+
+class VisionTransformer(Classifier):
+    """A small vision transformer that was pretrained on other classes than it is tuned on, and a head."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.network = vision.Transformer()
+        self.network.load_state_dict(vision.pretrained(DATA / "vision.pt", _pretrain, len(PRETRAINED)))
+        self.classifier = nn.Linear(vision.WIDTH, classes)
+
+    def features(self, *batch: Tensor) -> Tensor:
+        """Mean of the last hidden states of images, [images, 128]."""
+        return self.network(*batch)
+
+
+def _pretrain(model: nn.Module) -> None:
+    task = Task("pretraining", garments, VisionTransformer, len(PRETRAINED), (), 0, 1e-3, batch=64, epochs=4)
+    training.train(model, _chosen(*_images("train"), PRETRAINED), task, 0, task.learning_rate)
 
 
 def _plain(conv: nn.Conv2d) -> nn.Conv2d:
@@ -215,15 +235,41 @@ def _idx(name: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(tuple(shape)).copy())
 
 
+def _images(part: str) -> tuple[Tensor, Tensor]:
+    """All images of "train" or "t10k", [images, 28, 28], and their labels."""
+    return _idx(f"{part}-images-idx3"), _idx(f"{part}-labels-idx1").long()
+
+
 def fashion_mnist() -> Splits:
     """10,000 images to train on, 2,000 for choices; 5,000 of the test set."""
-    pixels, labels = _idx("train-images-idx3"), _idx("train-labels-idx1").long()
+    pixels, labels = _images("train")
     order = torch.tensor(random.Random(0).sample(range(len(labels)), 12_000))
     train, valid = order[:10_000], order[10_000:]
-    test_pixels, test_labels = _idx("t10k-images-idx3")[:5000], _idx("t10k-labels-idx1")[:5000].long()
+    test_pixels, test_labels = _images("t10k")
     return Splits(
-        Images(pixels[train], labels[train]), Images(pixels[valid], labels[valid]), Images(test_pixels, test_labels)
-    )
+        Images(pixels[train], labels[train]), Images(pixels[valid], labels[valid]),
+        Images(test_pixels[:5000], test_labels[:5000]),
+    )  # fmt: skip
+
+
+PRETRAINED = (1, 5, 7, 8, 9)  # trousers, shoes, bags
+TUNED = (0, 2, 3, 4, 6)  # what is worn above, which is harder to tell apart
+
+
+def _chosen(pixels: Tensor, labels: Tensor, classes: Sequence[int]) -> Images:
+    """The images of these classes, which are numbered anew."""
+    new = torch.full((10,), -1)
+    new[list(classes)] = torch.arange(len(classes))
+    rows = new[labels] >= 0
+    return Images(pixels[rows], new[labels[rows]])
+
+
+def garments() -> Splits:
+    """10,000 images of the tuned classes to train on, 2,000 for choices; all 5,000 of the test set."""
+    images = _chosen(*_images("train"), TUNED)
+    order = torch.tensor(random.Random(0).sample(range(len(images.labels)), 12_000))
+    train, valid = (Images(images.pixels[rows], images.labels[rows]) for rows in (order[:10_000], order[10_000:]))
+    return Splits(train, valid, _chosen(*_images("t10k"), TUNED))
 
 
 @dataclass(frozen=True)
@@ -239,6 +285,7 @@ class Task:
     learning_rate: float
     batch: int = 32
     epochs: int = 1
+    adalora_rate: float = 0.0  # of AdaLoRA, at any rank
 
     @cache  # noqa: B019 (tasks live as long as the program)
     def splits(self) -> Splits:
@@ -256,6 +303,7 @@ class Task:
 
 ENCODER = ("query", "key", "value", "dense")
 CONVS = ("_expand_conv", "_project_conv", "_conv_head")
+BLOCKS = ("query", "key", "value", "out", "up", "down")
 TASKS = {
     task.name: task
     for task in (
@@ -265,5 +313,6 @@ TASKS = {
         Task("imdb", imdb, MiniLM, 2, ENCODER, 64, 1e-3),
         Task("vader", vader, MiniLM, 2, ENCODER, 64, 1e-3),
         Task("fashion-mnist", fashion_mnist, EfficientNet, 10, CONVS, 32, 4e-3, batch=64),
+        Task("garments", garments, VisionTransformer, 5, BLOCKS, 32, 4e-3, batch=64, epochs=2),
     )
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tasks import Data, Task
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from tasks import Data, Task
 
 HEAD_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 WEIGHT_DECAY = 0.01
@@ -54,18 +57,25 @@ def ranks(task: Task, model: nn.Module, rank: int) -> dict[str, int]:
     }
 
 
-def adapt(task: Task, model: nn.Module, rank: int) -> PeftModel:
-    """The model with a new LoRA of scale 1 on every layer that gets one, and a head to be trained along."""
-    smaller = {name: k for name, k in ranks(task, model, rank).items() if k < rank}
+def adapt(model: nn.Module, ranks: dict[str, int]) -> PeftModel:
+    """The model with a new LoRA of scale 1 on every layer that has a rank, and a head to be trained along."""
+    largest = max(ranks.values())
+    smaller = {name: rank for name, rank in ranks.items() if rank < largest}
     config = LoraConfig(
-        r=rank, lora_alpha=rank, rank_pattern=smaller, alpha_pattern=smaller,
-        target_modules=list(task.targets), modules_to_save=["classifier"],
+        r=largest, lora_alpha=largest, rank_pattern=smaller, alpha_pattern=smaller,
+        target_modules=list(ranks), modules_to_save=["classifier"],
     )  # fmt: skip
     return get_peft_model(model, config).eval()
 
 
-def train(model: nn.Module, data: Data, task: Task, seed: int, learning_rate: float, steps: int | None = None) -> None:
-    """AdamW on all parameters that want a gradient, learning rate linearly up, then down; all epochs, or ``steps``."""
+def train(
+    model: nn.Module, data: Data, task: Task, seed: int, learning_rate: float, steps: int | None = None,
+    penalty: Callable[[], Tensor] | None = None, after: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """AdamW on all parameters that want a gradient, learning rate linearly up, then down; all epochs, or ``steps``.
+
+    ``penalty`` is added to the loss; ``after`` is called with the number of every step.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     batches = [rows for epoch in range(task.epochs) for rows in data.batches(task.batch, 1000 * seed + epoch)][:steps]
     warmup = WARMUP * len(batches)
@@ -73,10 +83,14 @@ def train(model: nn.Module, data: Data, task: Task, seed: int, learning_rate: fl
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (len(batches) - step) / (len(batches) - warmup))
     )
-    for rows in batches:
+    for step, rows in enumerate(batches):
         loss = F.cross_entropy(model(*data.batch(rows)), data.labels[rows])
+        if penalty:
+            loss = loss + penalty()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
+        if after:
+            after(step)

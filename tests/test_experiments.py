@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import adalora
 import analysis
 import methods
 import numpy as np
 import pytest
 import torch
+import training
 from methods import Budget
+from torch import Tensor, nn
 
 import para_ext
 from para_ext import LoraFactors
+
+terms = adalora._terms
 
 
 @pytest.fixture
@@ -77,6 +85,56 @@ def test_the_bootstrap_is_of_paired_rows() -> None:
     assert found.low < found.mean < found.high
     assert found.decided
     assert not analysis.difference([ours], [ours]).decided
+
+
+class Net(nn.Module):
+    """Two layers of unlike shape, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.classifier = nn.Linear(6, 40), nn.Linear(40, 10), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.classifier(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        return found
+
+
+class Rows:
+    """Points of a plane, and on which side of a line they are."""
+
+    points = torch.randn(256, 6, generator=torch.Generator().manual_seed(1))
+    labels = (points[:, 0] > points[:, 1]).long()
+
+    def batch(self, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        return (self.points[list(rows)],)
+
+    def batches(self, size: int, seed: int) -> list[list[int]]:
+        return [list(range(i, i + size)) for i in range(0, 256, size)]
+
+
+@pytest.mark.parametrize("params", [192, 120])
+def test_adalora_becomes_a_lora_of_the_budget(params: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    task: Any = SimpleNamespace(
+        targets=("first", "second"), batch=8, epochs=1, model=Net,
+        splits=lambda: SimpleNamespace(train=Rows()),
+    )  # fmt: skip
+    trained: list[Any] = []
+    monkeypatch.setattr(adalora, "_terms", lambda adapted, params: trained.append(adapted) or terms(adapted, params))
+    plain = adalora.train(task, Net(), 2, params, 0, 0.05)
+    factors = para_ext.decompose(plain).factors
+    assert 0 < methods.size(factors) <= params
+    before, after = (training.evaluate(model, Rows(), 64) for model in (trained[0], plain))
+    # Two ranks in the mean are at most 4 × 50 parameters, so that the smaller budget takes components away.
+    assert torch.allclose(before, after, atol=1e-5) == (methods.size(factors) == pruned(trained[0]))
+    assert (before.argmax(1) == Rows.labels).double().mean() > 0.9
+
+
+def pruned(adapted: Any) -> int:
+    """LoRA parameters of what AdaLoRA left."""
+    layers = [layer for layer in adapted.modules() if hasattr(layer, "lora_E")]
+    kept = [(layer.lora_E["default"] != 0).sum().item() for layer in layers]
+    return sum(k * (layer.in_features + layer.out_features) for k, layer in zip(kept, layers, strict=True))
 
 
 def test_estimates_and_rank_correlation() -> None:
