@@ -86,6 +86,9 @@ def more() -> Iterable[tuple[str, Cell]]:
     for seed, name in itertools.product(grid.SEEDS, OTHERS):
         for part in PARTS:
             yield from ((name, cell) for cell in part(name, seed))
+    for part in (grid.energies, grid.tuned, grid.allotted):
+        for seed in grid.SEEDS:
+            yield from (("garments", cell) for cell in part("garments", seed))
 
 
 def run(cells: Iterable[tuple[str, Cell]], out: Path, tasks: Sequence[str], lacking: bool) -> None:
