@@ -307,7 +307,7 @@ BLOCKS = ("query", "key", "value", "out", "up", "down")
 TASKS = {
     task.name: task
     for task in (
-        Task("rotten-tomatoes", rotten_tomatoes, MiniLM, 2, ENCODER, 64, 1e-3, adalora_rate=3e-2),
+        Task("rotten-tomatoes", rotten_tomatoes, MiniLM, 2, ENCODER, 64, 1e-3, adalora_rate=1.25e-2),
         Task("rotten-tomatoes-r32", rotten_tomatoes, MiniLM, 2, ENCODER, 32, 1e-3),
         Task("rotten-tomatoes-qv", rotten_tomatoes, MiniLM, 2, ("query", "value"), 32, 1e-3),
         Task("imdb", imdb, MiniLM, 2, ENCODER, 64, 1e-3),
