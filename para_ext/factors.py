@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import FACTOR_CODES, NUMPY, Array, as_tensor, code_of, device_of, dtype_name, holds_data, is_tensor
 from .errors import ParaError, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +32,8 @@ class LoraFactors:
     """
 
     name: str
-    B: Array
-    A: Array
+    B: Tensor | NDArray[Any]
+    A: Tensor | NDArray[Any]
     scale: float = 1.0
     group: str | None = None
     min_rank: int = 0
