@@ -83,7 +83,7 @@ bench-peers: $(VENV)/installed
 	$(BIN)/pytest benches/bench_peers.py -q $(PYTEST_ARGS)
 
 docs: $(VENV)/installed
-	$(BIN)/pdoc -d google -o build/docs para_ext para_ext.plan
+	cd build && ../$(BIN)/pdoc -d google -o docs para_ext para_ext.plan
 
 demo: $(DEMO)/venv/installed
 	$(DEMO)/venv/bin/python -u examples/demo.py --out $(DEMO)
