@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callback import ParaCallback as ParaCallback
     from .compress import compress_adapter as compress_adapter
     from .compress import compress_model as compress_model
     from .compress import convert_adapter as convert_adapter
@@ -33,6 +34,7 @@ _HOMES = {
     "Decomposition": "decomposition",
     "ParaError": "errors",
     "LoraFactors": "factors",
+    "ParaCallback": "callback",
     "Plan": "plan",
     "Report": "report",
     "Spectra": "spectra",

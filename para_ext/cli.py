@@ -50,6 +50,12 @@ _TARGETS = click.option(
 _BASE = click.option(
     "--base", type=click.Path(path_type=Path), metavar="MODEL", help="The base model's folder, for gguf and merged."
 )
+_BALANCE = click.option(
+    "--balance",
+    type=click.Choice(["even", "A", "B"]),
+    default="even",
+    help="√σ on both factors, or σ on one of them, the other orthonormal.  [even]",
+)
 _DTYPES = ["same", "fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
 
 
@@ -160,6 +166,7 @@ def inspect(
 @click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [same]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to work.  [auto]")
 @click.option("--dry-run", is_flag=True, help="Plan and report; write no adapter.")
+@_BALANCE
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report as JSON.")
 @click.option("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
 @_BACKEND
@@ -210,6 +217,7 @@ def compress(
 @_BASE
 @click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [the widest]")
 @click.option("--dry-run", is_flag=True, help="Plan and report; write no adapter.")
+@_BALANCE
 @click.option("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
 @_BACKEND
 @_THREADS

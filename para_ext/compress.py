@@ -88,19 +88,26 @@ def compress_model(
     model: nn.Module,
     *,
     adapter_name: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     dtype: torch.dtype | str | None = None,
+    balance: str = "even",
     backend: str | None = None,
     threads: int | None = None,
     **budget: Any,
 ) -> Report:
     """Compress the LoRA layers of a live model in place; on an error the model is as it was.
 
-    Build the optimizer afterwards: the factors are new parameters. ``save_pretrained`` then writes the small adapter.
+    ``save_pretrained`` then writes the small adapter. To train on, give the optimizer here or build it afterwards: the
+    factors are new parameters.
 
     Args:
         model: a PeftModel, or any module with LoRA layers (loralib style too).
         adapter_name: which adapter; the active one if None.
+        optimizer: gets the new parameters in the place of the old ones; its moments (Adam's, SGD's) are carried over as
+            :mod:`para_ext.optimizer` says.
         dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
+        balance: "even" puts √σ on both factors and leaves those alone whose rank does not change; "A" or "B" puts all
+            of σ on that one, so that the other's rows or columns are orthonormal.
         backend, threads: as for :func:`decompose`.
         **budget: at most one of ``energy=0.95`` (the default), ``keep=0.25``, ``params=10**6``, ``total_rank=500``,
             ``threshold=0.1``, ``rank=8``; with ``score="auto"|"sigma"|"density"`` and shaping by ``min_rank``,
@@ -116,12 +123,17 @@ def compress_model(
             f"compress_model takes a live model, not a {type(model).__name__}; for a folder use compress_adapter"
         )
     from .models import read_model
+    from .optimizer import carry_over, check_optimizer
 
+    if optimizer is not None:
+        check_optimizer(optimizer)
     live = read_model(model, adapter_name)
     decomposition = Decomposition(live.factors, backend, threads)
     plan = decomposition.spectra.plan(**budget)
-    new = decomposition.truncate_certified(plan, dtype)
-    live.replace(decomposition.named(new))
+    new = decomposition.truncate_certified(plan, dtype, balance=balance)
+    exchanges = live.replace(decomposition.named(new))
+    if optimizer is not None:
+        carry_over(optimizer, exchanges)
     return _report(
         decomposition.spectra, plan, new, source=type(model).__name__, start=start, decomposition=decomposition
     )
@@ -148,6 +160,7 @@ def compress_adapter(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    balance: str = "even",
     keep: float | str | list[float | str] | None = None,
     **budget: Any,
 ) -> Report | list[Report]:
@@ -169,6 +182,7 @@ def compress_adapter(
         dry_run: plan and report, write nothing; errors in the report are then the predicted ones.
         backend, device, threads: as for :func:`decompose`.
         progress: called with a few words when a stage starts.
+        balance: as for :func:`compress_model`.
         keep: the budget of that name, or several: one decomposition serves all.
         **budget: another budget, score and shaping, as for :func:`compress_model`, and ``size="32MiB"``: bytes of the
             written safetensors file.
@@ -179,7 +193,7 @@ def compress_adapter(
     Raises:
         ParaError: refused, naming what and why; nothing was written (of several outputs, none after the failing one).
     """
-    job = _Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress)
+    job = _Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress, balance)
     reports = _rewrite(read_adapter(Path(source)), str(source), Path(out), _budgets(keep, budget), job)
     return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
 
@@ -219,6 +233,7 @@ def merge_adapters(
     backend: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    balance: str = "even",
     keep: float | str | list[float | str] | None = None,
     **budget: Any,
 ) -> Report | list[Report]:
@@ -228,7 +243,7 @@ def merge_adapters(
         sources: folders or files of one format, and their weights: ``{"a/": 0.6, "b/": -0.4}``; ranks, alphas and
             scalings may differ.
         dtype: of the new factors; the widest of the sources' if None.
-        out, target, base, overwrite, dry_run, backend, threads, progress, keep, budget: as for
+        out, target, base, overwrite, dry_run, backend, threads, progress, balance, keep, budget: as for
             :func:`compress_adapter`; without any budget or shaping nothing is truncated.
 
     Raises:
@@ -240,7 +255,7 @@ def merge_adapters(
     if len(adapters) < 2:
         raise ParaError("one adapter alone is not merged: give two or more, as a=0.6 b=0.4")
     dtype = dtype or widest(adapter for adapter, _ in adapters)
-    job = _Job(target, base, dtype, overwrite, dry_run, backend, "auto", threads, progress)
+    job = _Job(target, base, dtype, overwrite, dry_run, backend, "auto", threads, progress, balance)
     label = " + ".join(f"{weight:g} × {adapter.path}" for adapter, weight in adapters)
     plans = _budgets(keep, budget) if keep is not None or _given(budget) else _everything
     reports = _rewrite(merged(adapters), label, Path(out), plans, job)
@@ -279,6 +294,7 @@ class _Job:
     device: str = "auto"
     threads: int | None = None
     progress: Progress | None = None
+    balance: str = "even"
     start: float = field(default_factory=time.perf_counter)
 
     def say(self, words: str) -> None:
@@ -397,7 +413,7 @@ def _written(output: _Output, label: str, digest: Future[str], code: str | None,
     adapter, plan, new = output.adapter, output.planned.plan, None
     if not job.dry_run:
         job.say(f"truncating for {output.out}")
-        new = output.decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks))
+        new = output.decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks), job.balance)
     report = _report(
         output.decomposition.spectra,
         plan,

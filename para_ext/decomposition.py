@@ -29,10 +29,10 @@ from .arrays import (
 from .backends import Backend, Truncated
 from .errors import ParaError, shown
 from .factors import LoraFactors, as_tensors, check_factors, written_code
-from .gain import amplified
 from .layout import LARGEST
 from .plan import Plan
 from .pool import map_single_threaded
+from .rescaling import BALANCES, moved, rescaled
 from .spectra import ModuleSpectrum, Spectra
 
 if TYPE_CHECKING:
@@ -77,9 +77,11 @@ class Decomposition:
         """Names of the backends at work."""
         return tuple(dict.fromkeys(stages.NAME for stages, _, _ in self._parts))
 
-    def truncate(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | str | None = None) -> list[LoraFactors]:
+    def truncate(
+        self, plan: Plan | Mapping[str, int], dtype: torch.dtype | str | None = None, balance: str = "even"
+    ) -> list[LoraFactors]:
         """New factors at the plan's ranks, scale 1, as torch tensors; see :meth:`truncate_certified`."""
-        return [as_tensors(f) for f in self.named(self.truncate_certified(plan, dtype))]
+        return [as_tensors(f) for f in self.named(self.truncate_certified(plan, dtype, balance=balance))]
 
     def named(self, new: Iterable[Truncated]) -> list[LoraFactors]:
         """What :meth:`truncate_certified` gave, as factors of the same modules at scale 1."""
@@ -90,17 +92,20 @@ class Decomposition:
         plan: Plan | Mapping[str, int],
         dtype: torch.dtype | str | None = None,
         gains: Mapping[str, float] | None = None,
+        balance: str = "even",
     ) -> list[Truncated]:
         """The best approximation of every ΔW at the plan's rank, with its error bound, in the order of ``factors``.
 
         A module whose rank does not change keeps A bit for bit, and B becomes scale·B rounded once; one that is given
-        a larger rank is filled up with zeros. Others are balanced: √σ on both sides. Rank 0 gives B [m, 0], A [0, n].
+        a larger rank is filled up with zeros. Others have √σ on both sides. Rank 0 gives B [m, 0], A [0, n].
 
         Args:
             plan: a Plan, or a rank for every module's name.
             dtype: of the new factors; each module's own if None (the wider one where A's and B's differ).
             gains: by name, how much larger B' is to be, for readers that divide by it again: ΔW' = B'A'/gain; 1 if
                 absent.
+            balance: "even", or the side that has all of σ, in every module: with "A", B's columns are orthonormal, with
+                "B", A's rows.
 
         Raises:
             ParaError: naming the module, if a value overflows ``dtype`` or too much of it is lost to subnormals.
@@ -109,9 +114,11 @@ class Decomposition:
         code = checked_dtype(dtype)
         if code == "F64" and set(self.backends) != {"torch"}:
             raise ParaError("the native core does not write float64; decompose with backend='torch' for that")
+        if balance not in BALANCES:
+            raise ParaError(f"balance is {shown(balance)}; give one of {', '.join(BALANCES)}")
         results: list[Truncated | None] = [None] * len(self.factors)
         gain = [(gains or {}).get(f.name, 1.0) for f in self.factors]
-        unchanged = [i for i, f in enumerate(self.factors) if ranks[i] >= f.rank]
+        unchanged = [i for i, f in enumerate(self.factors) if ranks[i] >= f.rank and balance == "even"]
         for i in unchanged:
             results[i] = _fold_exactly(self.factors[i], code, gain[i])
         inexact = [i for i in unchanged if results[i] is None]
@@ -126,28 +133,37 @@ class Decomposition:
         written = [written_code(f.A, f.B, code) for f in self.factors]
         for stages, members, cores in self._parts:
             # Unchanged modules go through as rank 0: the stage indexes its cores by position.
-            part_ranks = [0 if results[i] is not None else ranks[i] for i in members]
+            part_ranks = [0 if results[i] is not None else min(ranks[i], self.factors[i].rank) for i in members]
             part = [self.factors[i] for i in members]
-            # What is multiplied by a gain is rounded to 16 bits after it, and only then.
-            codes = [written[i] if gain[i] == 1 or written[i] == "F64" else "F32" for i in members]
+            # What is rescaled is rounded to 16 bits after that, and only then.
+            as_they_are = [gain[i] == 1 and balance == "even" for i in members]
+            codes = [
+                written[i] if same or written[i] == "F64" else "F32"
+                for i, same in zip(members, as_they_are, strict=True)
+            ]
             for i, new in zip(members, stages.truncate(part, cores, part_ranks, codes, self.threads), strict=True):
                 if results[i] is None:
                     results[i] = new
-        amplify = [
-            (i, new) for i, new in enumerate(results) if new and gain[i] != 1 and 0 < ranks[i] < self.factors[i].rank
+        as_before = set(unchanged)
+        rescale = [
+            (i, new)
+            for i, new in enumerate(results)
+            if new and i not in as_before and ranks[i] and (gain[i] != 1 or balance != "even")
         ]
 
-        def enlarge(work: tuple[int, Truncated]) -> Truncated:
+        def scaled(work: tuple[int, Truncated]) -> Truncated:
             i, new = work
-            return amplified(self.factors[i], new, gain[i], written[i])
+            sigma = self.spectra.modules[i].sigma[: new.A.shape[0]]
+            columns = None if balance == "even" else moved(sigma + (0.0,) * (new.A.shape[0] - len(sigma)), balance)
+            return rescaled(self.factors[i], new, written[i], gain[i], columns)
 
-        if amplify:
+        if rescale:
             with ThreadPoolExecutor(self.threads) as workers:  # of numpy's work only, which needs no PyTorch
-                for (i, _), new in zip(amplify, workers.map(enlarge, amplify), strict=True):
-                    results[i] = new
+                for (i, _), new in zip(rescale, workers.map(scaled, rescale), strict=True):
+                    results[i] = _filled(new, ranks[i])
         new_factors = [result for result in results if result is not None]
         for i, new in enumerate(new_factors):
-            self._check_rounding(i, new, copied=ranks[i] >= self.factors[i].rank or gain[i] != 1)
+            self._check_rounding(i, new, balanced=i not in as_before and gain[i] == 1 and balance == "even")
         return new_factors
 
     def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
@@ -160,12 +176,12 @@ class Decomposition:
                 raise ParaError(f"module '{name}': its rank is {shown(rank)}; give a whole number of at least 0")
         return [ranks[f.name] for f in self.factors]
 
-    def _check_rounding(self, i: int, new: Truncated, copied: bool) -> None:
+    def _check_rounding(self, i: int, new: Truncated, balanced: bool) -> None:
         # Balanced factors have the norm √Σσ; to read them again would take as long as to truncate.
         sigma = self.spectra.modules[i].sigma
-        if not copied and max(new.rounding_B, new.rounding_A) ** 2 <= 0.01 * sigma[0]:
+        if balanced and max(new.rounding_B, new.rounding_A) ** 2 <= 0.01 * sigma[0]:
             return
-        balanced = math.sqrt(math.fsum(sigma[: new.A.shape[0]]))
+        root = math.sqrt(math.fsum(sigma[: new.A.shape[0]]))
         for which, rounding, factor in (("B", new.rounding_B, new.B), ("A", new.rounding_A, new.A)):
             if rounding == 0:
                 continue
@@ -175,7 +191,7 @@ class Decomposition:
                     f"module '{self.factors[i].name}': a value of the new {which} exceeds the range of {name}; "
                     "write with a wider --dtype such as bf16 or fp32"
                 )
-            norm = _norm(factor) if copied else balanced
+            norm = root if balanced else _norm(factor)
             if rounding * rounding > 0.01 * norm * norm:
                 raise ParaError(
                     f"module '{self.factors[i].name}': over 1 % of the new {which}'s squared norm would be lost to "
