@@ -19,12 +19,21 @@ from .backends import Truncated
 from .decomposition import Decomposition, checked_threads, cuda_backend
 from .errors import ParaError, shown
 from .factors import LoraFactors
-from .formats import FILE_SUFFIXES, Adapter, Wish, housed, read_adapter
+from .formats import FILE_SUFFIXES, Adapter, Filled, Wish, housed, read_adapter
 from .formats.flux import parts
 from .formats.names import matched
 from .layout import FileLayout
 from .plan import BUDGETS, DEFAULT_ENERGY, Plan
-from .report import GOOD_ENERGY, LOW_ENERGY, Report, megabytes, module_reports, percent, undecided_components
+from .report import (
+    GOOD_ENERGY,
+    LOW_ENERGY,
+    Report,
+    megabytes,
+    module_reports,
+    percent,
+    stored,
+    undecided_components,
+)
 from .spectra import Spectra
 from .verification import Verification, compare
 
@@ -591,13 +600,17 @@ def _write(
     }
     text = json.dumps(header)
     text = text.ljust(HEADER_TEXT - text.count('"'))  # the header escapes quotes
-    sidecar = {"source_sha256": digest.result(), **report.to_dict()}
     factors = decomposition.named(new)
+
+    def sidecar(filled: Filled) -> Mapping[str, Any]:
+        return {"source_sha256": digest.result(), **stored(report, filled.rounding).to_dict()}
+
     written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, code=code, overwrite=overwrite)
+    report = stored(report, written.filled.rounding)
     notes = report.notes
     if written.left_out:
         notes += (f"Not copied: {', '.join(written.left_out)}.",)
-    return replace(report, bytes_after=written.size, notes=(*notes, *written.notes))
+    return replace(report, bytes_after=written.size, notes=(*notes, *written.filled.notes))
 
 
 def _sha256(path: Path) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,12 @@ class Report:
             parts.append(f"threshold {self.plan.threshold:.4g} ({'σ' if self.plan.score == 'sigma' else 'σ²/(m+n)'})")
         parts.append(f"{self.seconds:.2f} s")
         return ", ".join(parts)
+
+
+def stored(report: Report, rounding: Mapping[str, float]) -> Report:
+    """The report with what storage took from each module's new ΔW', by name, in the certificate."""
+    modules = (replace(m, error=m.error + rounding.get(m.name, 0.0)) for m in report.modules)
+    return replace(report, modules=tuple(modules))
 
 
 def module_reports(spectra: Spectra, plan: Plan, errors: Sequence[float]) -> tuple[ModuleReport, ...]:

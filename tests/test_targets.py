@@ -166,6 +166,49 @@ def test_merged(tmp_path: Path, base: Path, make: Source) -> None:
     assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_the_certificate_of_merged_weights_has_their_rounding(
+    tmp_path: Path, base: Path, dtype: torch.dtype, keep: float
+) -> None:
+    for file in base.glob("*.safetensors"):
+        save_file({key: t.to(dtype) for key, t in load_file(file).items()}, file, {"format": "pt"})
+    source = peft_folder(tmp_path / "source")
+    report = para_ext.compress_adapter(source, tmp_path / "out", target="merged", base=base, keep=keep)
+    before = {key: t for file in base.glob("*.safetensors") for key, t in load_file(file).items()}
+    after = {key: t for file in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(file).items()}
+    lost = {n: after[f"{n}.weight"].double() - before[f"{n}.weight"].double() - d for n, d in dense(source).items()}
+    for module in report.modules:
+        true = float(lost[module.name].norm())
+        assert true <= module.error * (1 + 1e-9) <= 3 * true
+    assert norm(lost) <= report.error <= 3 * norm(lost)
+    assert report.error > 1.001 * report.plan.error  # which knows of no rounding
+    record = json.loads((tmp_path / "out" / "para_ext.json").read_text())
+    assert record["error"] == report.error
+
+
+def test_merged_replaces_what_it_wrote_and_nothing_else(tmp_path: Path, base: Path) -> None:
+    source, out = peft_folder(tmp_path / "source"), tmp_path / "out"
+    (base / "generation_config.json").write_text("{}")
+    for keep in (0.5, 0.25):
+        para_ext.compress_adapter(source, out, target="merged", base=base, keep=keep, overwrite=True)
+    (out / "mine.txt").write_text("")
+    with pytest.raises(ParaError, match=r"also holds mine.txt, so --overwrite does not replace it"):
+        para_ext.compress_adapter(source, out, target="merged", base=base, overwrite=True)
+    (out / "mine.txt").unlink()
+    (out / "para_ext.json").write_text('{"files": 3}')
+    with pytest.raises(ParaError, match="holds no adapter"):
+        para_ext.compress_adapter(source, out, target="merged", base=base, overwrite=True)
+
+
+def test_merged_takes_no_weight_of_another_part(tmp_path: Path, base: Path) -> None:
+    """Only what models with heads call their body may be left out of a name."""
+    modules = [(f"vision.{name}", B, A) for name, B, A in language()]
+    folder = write_adapter(tmp_path / "source", modules)
+    with pytest.raises(ParaError, match=r"module 'vision\..*' has no weight in"):
+        para_ext.compress_adapter(folder, tmp_path / "out", target="merged", base=base)
+
+
 @pytest.mark.parametrize("make", LANGUAGE, ids=lambda make: make.__name__)
 def test_gguf(tmp_path: Path, base: Path, make: Source) -> None:
     gguf = pytest.importorskip("gguf", reason="it writes and reads the format")

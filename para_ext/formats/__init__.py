@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParaError
-from .adapter import FILE_SUFFIXES, Adapter
+from .adapter import FILE_SUFFIXES, Adapter, Filled
 from .keyed import read_keyed
 from .mlx import is_mlx, read_mlx
 from .output import CONFIG, PICKLED, WEIGHTS
@@ -14,7 +14,17 @@ from .peft import PeftAdapter, read_peft
 from .targets import TARGETS, Wish, housed
 from .tensors import read_json
 
-__all__ = ["FILE_SUFFIXES", "TARGETS", "Adapter", "PeftAdapter", "Wish", "housed", "read_adapter", "read_peft"]
+__all__ = [
+    "FILE_SUFFIXES",
+    "TARGETS",
+    "Adapter",
+    "Filled",
+    "PeftAdapter",
+    "Wish",
+    "housed",
+    "read_adapter",
+    "read_peft",
+]
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 

@@ -7,7 +7,7 @@ q and k for interleaved rotary embeddings have their rows in another order, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..layout import FileLayout
-from .adapter import Adapter
+from .adapter import Adapter, Filled
 from .base import BaseModel
 from .output import GGUF
 from .peft import PeftAdapter, PeftSlot
@@ -66,9 +66,7 @@ class GgufAdapter(Adapter[PeftSlot]):
         """See :meth:`Adapter.layout`: no safetensors file is written."""
         return None
 
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """See :meth:`Adapter.fill`."""
         gguf = _library()
         architecture, interleaved = _ARCHITECTURES[self.base.kind]
@@ -91,7 +89,8 @@ class GgufAdapter(Adapter[PeftSlot]):
         writer.write_tensors_to_file()
         writer.close()
         sixteen = any(A.dtype.itemsize == 2 or B.dtype.itemsize == 2 for _, A, B in pairs)
-        return ["llama.cpp rounds activations to 16 bits where factors have 16; --dtype fp32 avoids it."] * sixteen
+        note = "llama.cpp rounds activations to 16 bits where factors have 16; --dtype fp32 avoids it."
+        return Filled([note] * sixteen)
 
 
 def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:

@@ -26,7 +26,7 @@ from ..errors import ParaError
 from ..factors import LoraFactors, written_code
 from ..naming import natural_key
 from . import names
-from .adapter import Adapter, Slot
+from .adapter import Adapter, Filled, Slot
 from .output import write_safetensors
 from .tensors import read_tensors, recognise, writable_code
 
@@ -132,9 +132,7 @@ class KeyedAdapter(Adapter[KeyedSlot]):
         longest = {slot.name: slot.A.shape[0] for slot in self.slots}
         return layout.FileLayout(tuple(slots), self._header(longest, metadata, ("0" * 64, "0" * 8), longest=True))
 
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """See :meth:`Adapter.fill`."""
         kept = self.pairs(factors)
         ranks = {slot.name: A.shape[0] for slot, A, _ in kept}
@@ -148,7 +146,7 @@ class KeyedAdapter(Adapter[KeyedSlot]):
         tensors |= {key: np.asarray(array, order="C") for key, array in self.foreign.items()}
         hashes = _hashes(tensors, self._header(ranks, metadata)) if "sshs_model_hash" in self.metadata else ("", "")
         write_safetensors(folder / self.tensor_file, tensors, self._header(ranks, metadata, hashes))
-        return []
+        return Filled()
 
     def _header(
         self, ranks: Mapping[str, int], metadata: str, hashes: tuple[str, str] = ("", ""), *, longest: bool = False

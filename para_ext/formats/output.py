@@ -183,9 +183,11 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
     names = {path.name for path in entries}
     tensors = [path for path in entries if path.suffix in (".safetensors", ".gguf")]
     ours = SIDECAR in names and len(tensors) == 1
-    if not ours and not {CONFIG, WEIGHTS} <= names:
+    recorded = _recorded(out / SIDECAR) if SIDECAR in names else set()
+    if not ours and not recorded and not {CONFIG, WEIGHTS} <= names:
         raise ParaError(f"'{out}' holds no adapter, so --overwrite does not replace it: give another folder")
-    foreign = [path.name for path in entries if not (_is_ours(path) or (ours and path in tensors and path.is_file()))]
+    listed = {path for path in entries if path.name in recorded or (ours and path in tensors)}
+    foreign = [path.name for path in entries if not (_is_ours(path) or (path in listed and _is_plain(path)))]
     if foreign:
         shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
         raise ParaError(f"'{out}' also holds {shown}, so --overwrite does not replace it: move that away first")
@@ -203,8 +205,20 @@ def _check_replaceable_file(out: Path, overwrite: bool) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    written = path.name in _WRITTEN or _goes_along(path.name)
-    return path.is_file() and not path.is_symlink() and written
+    return _is_plain(path) and (path.name in _WRITTEN or _goes_along(path.name))
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _recorded(sidecar: Path) -> set[str]:
+    """The files that were written along with para_ext.json, by its own word."""
+    try:
+        files = json.loads(sidecar.read_text(encoding="utf-8")).get("files", [])
+        return {name for name in files if isinstance(name, str)}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return set()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from ..errors import ParaError
 from ..factors import LoraFactors
 from ..naming import module_type
 from . import names
+from .adapter import Filled
 from .peft import PeftAdapter, PeftSlot
 
 UNIFORM_RANKS = (8, *range(16, 513, 16))
@@ -80,19 +81,17 @@ class VllmAdapter(PeftAdapter):
                 f"compress with --max-rank {VLLM_RANKS[-1]}"
             )
 
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """See :meth:`Adapter.fill`."""
-        notes = super().fill(folder, factors, metadata=metadata, code=code)
+        notes, rounding = super().fill(folder, factors, metadata=metadata, code=code)
         largest = max(f.rank for f in factors.values())
         bucket = next(rank for rank in VLLM_RANKS if rank >= largest)
         below = max((rank for rank in VLLM_RANKS if rank < largest), default=1)
-        return [
-            *notes,
+        start = (
             f"vLLM: start with --max-lora-rank {bucket}. The memory of its slots depends on that alone, not on "
-            f"the ranks below it." + (f" With --max-rank {below} it would be smaller." if below > 1 else ""),
-        ]
+            f"the ranks below it." + (f" With --max-rank {below} it would be smaller." if below > 1 else "")
+        )
+        return Filled([*notes, start], rounding)
 
 
 def for_vllm(adapter: PeftAdapter) -> VllmAdapter:
