@@ -92,7 +92,7 @@ def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threa
     Raises:
         ParaError: naming the module whose shape differs, or which holds a NaN or an infinity.
     """
-    from .certificate import difference, norm
+    from .certificate import difference_and_norm
 
     left, right = {f.name: f for f in original}, {f.name: f for f in other}
     if left and right and not left.keys() & right.keys():
@@ -111,10 +111,10 @@ def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threa
         g = g or _nothing(known)
         # The second scale is folded exactly: ‖sBA − tB'A'‖ = |t|·‖(s/t)BA − B'A'‖ only where t ≠ 0, so use fp64 B'.
         B2 = g.B if g.scale == 1 else as_tensor(g.B).double() * g.scale
-        error = difference(f.B, f.A, f.scale, B2, g.A)
+        error, norm = difference_and_norm(f.B, f.A, f.scale, B2, g.A)
         if not math.isfinite(error):
             raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with a wider --dtype")
-        return ModuleVerification(name, module_type(name), f.rank, g.rank, norm(f.B, f.A, f.scale), error)
+        return ModuleVerification(name, module_type(name), f.rank, g.rank, norm, error)
 
     names = [*left, *(name for name in right if name not in left)]
     return Verification(
