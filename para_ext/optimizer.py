@@ -5,8 +5,9 @@ by the factors are
 
     ∂B = s·G·Aᵀ  →  ∂B' = G·A'ᵀ = ∂B·Tᵀ/s            ∂A = s·Bᵀ·G  →  ∂A' = B'ᵀ·G = Cᵀ·∂A/s
 
-so a mean of past gradients is carried over by the same products, as far as ΔW is the same; a mean of squares by the
-squares of T and C, as if gradients of different components were not correlated, which is what Adam assumes of them.
+so a mean of past gradients is carried over by the same products, as far as the factors stood still meanwhile and ΔW' is
+ΔW; a mean of squares by the squares of T and C, as if gradients of different components were not correlated, which is
+what Adam assumes of them too.
 """
 
 from __future__ import annotations
