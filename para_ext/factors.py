@@ -52,6 +52,11 @@ class LoraFactors:
         """Elements of A and B as they are written."""
         return self.rank * (self.m + self.n)
 
+    @property
+    def bytes(self) -> int:
+        """What the elements of A and B take."""
+        return self.B.nbytes + self.A.nbytes
+
 
 def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
     """Check shapes, dtypes, devices, scales and names once; values are checked by the cores stage, which reads them.

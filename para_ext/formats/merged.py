@@ -18,8 +18,9 @@ from ..arrays import as_tensor, dtype_name
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..layout import FileLayout
+from ..progress import Meter, Progress
 from .adapter import Adapter
-from .base import BaseModel
+from .base import WEIGHT_SUFFIXES, BaseModel
 from .output import write_safetensors
 from .peft import PREFIX, PeftAdapter, PeftSlot
 from .tensors import read_tensors
@@ -27,7 +28,6 @@ from .tensors import read_tensors
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
 # Models whose linear layers are Conv1D, which keeps weights transposed; PEFT knows them by their class.
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_NEVER = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
 
 
 class Piece(NamedTuple):
@@ -54,12 +54,14 @@ class MergedAdapter(Adapter[PeftSlot]):
         base: the model.
         pieces: what is added, by key of the base.
         saved: tensors of modules_to_save, by the key that they replace.
+        progress: told of the base's bytes as they are written.
     """
 
     tensor_file: str = "*.safetensors"
     base: BaseModel
     pieces: Mapping[str, Piece]
     saved: Mapping[str, NDArray[Any]]
+    progress: Progress | None = None
 
     def layout(self, code: str | None = None, metadata: str = "") -> FileLayout | None:
         """See :meth:`Adapter.layout`: its size does not depend on the ranks."""
@@ -69,23 +71,28 @@ class MergedAdapter(Adapter[PeftSlot]):
         self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
     ) -> Sequence[str]:
         """See :meth:`Adapter.fill`."""
-        for file in sorted(set(self.base.shards.values())):
+        files = sorted(set(self.base.shards.values()))
+        sizes = [(self.base.folder / file).stat().st_size for file in files]
+        meter = Meter(self.progress, f"merging into {len(files)} files", 2 * sum(sizes))
+        for file, size in zip(files, sizes, strict=True):
             tensors, header = read_tensors(self.base.folder / file)
             for key in tensors:
                 if key in self.saved:
                     tensors[key] = self.saved[key].astype(tensors[key].dtype)
                 elif key in self.pieces:
                     tensors[key] = _merged(self.pieces[key], tensors[key], factors)
+                meter.add(tensors[key].nbytes)
             write_safetensors(folder / file, tensors, {**header, "format": "pt", "para_ext": metadata})
+            meter.add(2 * size - sum(tensor.nbytes for tensor in tensors.values()))
         for path in sorted(self.base.folder.iterdir()):
             # Links too: in a hub's cache every file is one.
-            if path.is_file() and path.suffix not in _NEVER and path.name[0] != ".":
+            if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name[0] != ".":
                 shutil.copyfile(path, folder / path.name)
         return [f"'{self.base.folder}' and the adapter in one: no runtime needs to know of LoRA."]
 
 
-def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
-    """The adapter with its base model.
+def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None = None) -> MergedAdapter:
+    """The adapter with its base model; ``progress`` is told of the base's bytes as they are written.
 
     Raises:
         ParaError: a module has no weight in the base that it fits, or the adapter holds what cannot be merged.
@@ -135,6 +142,7 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
         base=base,
         pieces=pieces,
         saved=saved,
+        progress=progress,
     )
 
 

@@ -105,7 +105,7 @@ def check_out(out: Path, *, overwrite: bool, source: Path, file: bool = False) -
 
 
 def copy_along(source: Path, target: Path, own: str = WEIGHTS) -> list[str]:
-    """Copy model card, tokenizer, processor and chat-template files; regular files only, never links.
+    """Copy model card, tokenizer, processor and chat-template files; regular files only, and links of a hub's cache.
 
     Args:
         own: name of the source's tensor file.
@@ -118,7 +118,7 @@ def copy_along(source: Path, target: Path, own: str = WEIGHTS) -> list[str]:
     for path in sorted(source.iterdir()):
         if path.name in _REPLACED or path.name == own:
             continue
-        if path.is_file() and not path.is_symlink() and _goes_along(path.name):
+        if goes_along(path.name) and _holds_itself(path):
             shutil.copyfile(path, target / path.name)
         else:
             left_out.append(path.name)
@@ -160,8 +160,19 @@ def _sort_metadata(path: Path) -> None:
             file.write(text)
 
 
-def _goes_along(name: str) -> bool:
+def goes_along(name: str) -> bool:
+    """Whether a file of this name belongs to an adapter beside its own files."""
     return any(fnmatch(name, pattern) for pattern in _ALONG)
+
+
+def _holds_itself(path: Path) -> bool:
+    """Whether it is a regular file, or a link as a hub's cache has them: to ``blobs`` of its repository, or of all."""
+    if not path.is_symlink():
+        return path.is_file()
+    snapshots = path.parent.resolve().parent
+    stores = [snapshots.parent / "blobs", snapshots.parents[1] / "blobs"] if snapshots.name == "snapshots" else []
+    blob = path.resolve()
+    return blob.is_file() and any(blob.is_relative_to(store) for store in stores)
 
 
 def _check_apart(out: Path, source: Path) -> None:
@@ -203,7 +214,7 @@ def _check_replaceable_file(out: Path, overwrite: bool) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    written = path.name in _WRITTEN or _goes_along(path.name)
+    written = path.name in _WRITTEN or goes_along(path.name)
     return path.is_file() and not path.is_symlink() and written
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParaError
+from ..progress import Progress
 from . import names
 from .adapter import Adapter, Slot
 from .base import BaseModel, read_base
@@ -22,20 +23,22 @@ class Wish:
     """What the caller asked for besides the target.
 
     Attributes:
-        base: the base model's folder, or its config.json.
+        base: the base model's folder, its config.json, or its id on the Hub.
+        progress: told of what takes long beside decomposing and truncating.
     """
 
-    base: Path | None = None
+    base: str | Path | None = None
+    progress: Progress | None = None
 
-    def model(self, target: str) -> BaseModel:
-        """The base model.
+    def model(self, target: str, *, weights: bool = False) -> BaseModel:
+        """The base model; of one on the Hub with its weights if they are asked for.
 
         Raises:
             ParaError: none was given, or it cannot be read.
         """
         if self.base is None:
             raise ParaError(f"the target {target} needs the base model: give its folder by --base")
-        return read_base(self.base)
+        return read_base(self.base, weights=weights)
 
 
 def housed(adapter: Adapter[Any], target: str | None, wish: Wish) -> Adapter[Any]:
@@ -187,7 +190,7 @@ def _mlx(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
 def _merged(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
     from .merged import for_merging
 
-    return for_merging(as_peft(adapter, "merged"), wish.model("merged"))
+    return for_merging(as_peft(adapter, "merged"), wish.model("merged", weights=True), wish.progress)
 
 
 TARGETS: Mapping[str, Callable[[Adapter[Any], Wish], Adapter[Any]]] = {
