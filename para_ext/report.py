@@ -10,6 +10,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
 from typing import Any
 
+from . import SCHEMA
 from .arrays import UNIT_ROUNDOFF
 from .naming import module_type
 from .plan import Plan
@@ -123,6 +124,7 @@ class Report:
         plan = self.plan.to_dict()
         plan.pop("errors")  # the modules have them
         return {
+            "schema": SCHEMA,
             "version": self.version,
             "source": self.source,
             "output": self.output,

@@ -58,25 +58,26 @@ def _report_row(name: str, modules: Sequence[ModuleReport]) -> tuple[str, ...]:
 def inspection_tables(inspection: Inspection) -> None:
     """Module types, then budgets."""
     types = _table(
-        f"{inspection.modules} modules, {inspection.parameters:,} LoRA parameters, ‖ΔW‖ = {inspection.norm:.4g}"
+        f"{inspection.module_count} modules, {inspection.parameters:,} LoRA parameters, ‖ΔW‖ = {inspection.norm:.4g}"
     )
     for heading in ("type", "", "rank", "effective", "parameters", "share of energy", "σ₁", "zero", "kept at 95%"):
         types.add_column(heading, justify="left" if heading == "type" else "right")
     for t in inspection.types:
         types.add_row(
-            t.type, f"×{t.modules}", str(t.rank), f"{t.effective_rank:.1f}", f"{t.parameters:,}", f"{t.energy:.1%}",
+            t.type, f"×{t.module_count}", str(t.rank), f"{t.effective_rank:.1f}", f"{t.parameters:,}",
+            f"{t.energy_share:.1%}",
             f"{t.sigma_max:.3g}", str(t.dead or ""), f"{t.kept:.1%}",
         )  # fmt: skip
     for d in inspection.depths:
-        name, share, kept = f"layers {d.first}–{d.last}", f"{d.energy:.1%}", f"{d.kept:.1%}"
-        types.add_row(name, f"×{d.modules}", "", "", "", share, "", "", kept)
+        name, share, kept = f"layers {d.first}–{d.last}", f"{d.energy_share:.1%}", f"{d.kept:.1%}"
+        types.add_row(name, f"×{d.module_count}", "", "", "", share, "", "", kept)
     budgets = _table("what a budget would keep")
     for heading in ("budget", "parameters", "kept", "file", "energy kept", "relative error", "one rank for all"):
         budgets.add_column(heading, justify="left" if heading == "budget" else "right")
     for b in inspection.budgets:
         budgets.add_row(
-            f"--{b.budget} {b.value:g}", f"{b.parameters:,}", f"{b.kept:.1%}",
-            "–" if b.bytes is None else megabytes(b.bytes), percent(b.energy), f"{b.error:.3g}",
+            f"--{b.budget} {b.value:g}", f"{b.parameters_after:,}", f"{b.kept:.1%}",
+            "–" if b.bytes_after is None else megabytes(b.bytes_after), percent(b.energy), f"{b.relative_error:.3g}",
             "–" if b.uniform_energy is None else f"{b.uniform_rank}: {percent(b.uniform_energy)}",
         )  # fmt: skip
     console = _console()

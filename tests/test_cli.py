@@ -186,8 +186,8 @@ def test_inspect(run: Run, adapter: Path, tmp_path: Path) -> None:
     assert "q_proj" in out
     code, out, _ = run("inspect", adapter, "--json")
     document = json.loads(out)
-    assert document["modules"] == 9
-    assert sum(t["energy"] for t in document["types"]) == pytest.approx(1)
+    assert document["module_count"] == 9
+    assert sum(t["energy_share"] for t in document["types"]) == pytest.approx(1)
     assert contents(tmp_path) == before
 
 
@@ -205,7 +205,7 @@ def test_info(run: Run) -> None:
     facts = json.loads(out)
     assert code == 0
     assert "torch" in facts["backends"]
-    assert facts["CUDA"]
+    assert facts["cuda"]
     assert "native core" in run("info")[1]
 
 

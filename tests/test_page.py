@@ -227,7 +227,8 @@ def test_command(
     out = tmp_path / "report.html"
     monkeypatch.setattr(sys, "argv", ["para-ext", "report", str(adapter), "-o", str(out), "--title", "A & B", "--json"])
     cli.main()
-    assert json.loads(capsys.readouterr().out) == {"output": str(out), "bytes": out.stat().st_size}
+    document = json.loads(capsys.readouterr().out)
+    assert (document["output"], document["bytes"]) == (str(out), out.stat().st_size)
     assert "<title>A &amp; B</title>" in out.read_text(encoding="utf-8")
 
 
