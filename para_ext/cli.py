@@ -353,16 +353,16 @@ def _stoppable() -> Iterator[None]:
 
 
 def _with_options(message: str) -> str:
-    """A message of the library, with options where it names arguments: keep=0.25 is --keep 0.25, dtype= is --dtype."""
-    names = {p.name for command in cli.commands.values() for p in command.params if isinstance(p, click.Option)}
-    # Not within a quoted name: that is a path, or of a module.
-    pattern = rf"(?<![\w'/.-])({'|'.join(sorted(map(str, names)))})=(True\b|'[^']*'|[^\s,;:)]+)?"
+    """A message of the library with options where it names arguments: keep=0.25 is --keep 0.25, dtype= is --dtype."""
+    names = {str(p.name) for command in cli.commands.values() for p in command.params if isinstance(p, click.Option)}
+    value = r"True\b|'[^']*'|\[[^\]]*\]|[^\s,;:)]+"
+    argument = rf"(?<![\w'/.-])({'|'.join(sorted(names))})=({value})?"  # not within quotes: that is a path or a name
 
     def option(found: re.Match[str]) -> str:
-        value = "" if found[2] in (None, "True") else " " + found[2].strip("'")
-        return f"--{found[1].replace('_', '-')}{value}"
+        value = (found[2] or "").strip("'[]").replace(", ", ",")
+        return f"--{found[1].replace('_', '-')}" + (f" {value}" if value not in ("", "True") else "")
 
-    return re.sub(pattern, option, message)
+    return re.sub(argument, option, message)
 
 
 def _check_report(report: str | None, adapters: Iterable[str | Path], given: dict[str, Any]) -> None:

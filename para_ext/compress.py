@@ -532,7 +532,7 @@ def _report(
         if plan.parameters_after >= plan.parameters_before:
             notes.append(
                 f"Nothing is saved: one rank for all is {max(plan.ranks.values())} here. For a reader that takes any "
-                "rank, allow smaller ones: --allowed-ranks 1,2,4,6.",
+                "rank, allow smaller ones: allowed_ranks=[1, 2, 4, 6].",
             )
     if plan.budget is None and truncates:
         notes.append("No budget was given, so everything that the shaping allows is kept; energy=0.95 is a good one.")
@@ -566,7 +566,7 @@ def _better(spectra: Spectra, plan: Plan) -> str:
     fraction = -(-better.parameters_after * 1000 // better.parameters_before) / 1000
     if plan.score == "sigma" and plan.budget in ("keep", "params", "size"):
         return f"energy={GOOD_ENERGY:g} would take {fraction:.1%} of the parameters"
-    return f"--keep {fraction:g} would give {GOOD_ENERGY:.0%}"
+    return f"keep={fraction:g} would give {GOOD_ENERGY:.0%}"
 
 
 def _with_sizes(report: Report, adapter: Adapter[Any], size: int | None) -> Report:

@@ -216,13 +216,13 @@ class Decomposition:
             if not math.isfinite(rounding):
                 raise ParaError(
                     f"module '{self.factors[i].name}': a value of the new {which} exceeds the range of {name}; "
-                    "write with a wider --dtype such as bf16 or fp32"
+                    "write with a wider type, such as dtype='bf16'"
                 )
             norm = _norm(factor) if copied else balanced
             if rounding * rounding > 0.01 * norm * norm:
                 raise ParaError(
                     f"module '{self.factors[i].name}': over 1 % of the new {which}'s squared norm would be lost to "
-                    f"values too small for {name}; write with --dtype bf16 or fp32"
+                    f"values too small for {name}; write with a wider type, such as dtype='bf16'"
                 )
 
 

@@ -140,7 +140,7 @@ def fold_bias(name: str, bias: NDArray[Any], scale: float, code: str) -> NDArray
     if not np.isfinite(folded.astype(np.float64)).all():
         raise ParaError(
             f"module '{name}': a value of lora_B.bias exceeds the range of {dtype_name(code)} with the scale folded "
-            "in; write with a wider --dtype such as bf16 or fp32"
+            "in; write with a wider type, such as dtype='bf16'"
         )
     return folded
 

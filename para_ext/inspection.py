@@ -79,7 +79,7 @@ class BudgetSummary:
 
 @dataclass(frozen=True)
 class Floor:
-    """What storage rounding hides anyway: components that are free to drop (``--auto dtype``).
+    """What storage rounding hides anyway: components that are free to drop (``auto="dtype"``).
 
     Attributes:
         kept: part of the parameters without them.

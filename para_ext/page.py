@@ -69,7 +69,7 @@ def write_page(
         ParaError: plotly is not installed, ``out`` is refused, or an adapter is, naming what and why.
     """
     plotly, out, compressed = _plotly(), Path(out), list(compressed)
-    check_new(out, [Path(p) for p in (adapter, *compressed) if isinstance(p, str | Path)], "--out", overwrite=overwrite)
+    check_new(out, [Path(p) for p in (adapter, *compressed) if isinstance(p, str | Path)], "out=", overwrite=overwrite)
     places = [item if isinstance(item, Report) else (str(item), place_of(item)) for item in compressed]
     factors: tuple[LoraFactors, ...] | None = None
     shaping: Mapping[str, Any] = {}

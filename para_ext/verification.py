@@ -116,7 +116,7 @@ def compare(
         B2 = g.B if g.scale == 1 else as_tensor(g.B).double() * g.scale
         error = difference(f.B, f.A, f.scale, B2, g.A)
         if not math.isfinite(error):
-            raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with a wider --dtype")
+            raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with dtype='fp32'")
         return ModuleVerification(name, module_type(name), f.rank, g.rank, norm(f.B, f.A, f.scale), error)
 
     names = [*left, *(name for name in right if name not in left)]

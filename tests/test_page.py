@@ -214,7 +214,7 @@ def test_the_file_is_new_and_outside(adapter: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
     out = tmp_path / "report.html"
     out.write_text("mine")
-    with pytest.raises(ParaError, match="exists: give another --out, or --overwrite"):
+    with pytest.raises(ParaError, match="exists: give another out=, or overwrite=True"):
         write_page(out, adapter)
     assert out.read_text() == "mine"
     write_page(out, adapter, overwrite=True)

@@ -130,10 +130,10 @@ def read_base(source: str | Path, *, weights: bool = False) -> BaseModel:
     """
     path = located(source, _whole if weights else _config)
     if not path.exists():
-        raise ParaError(f"'{path}' does not exist: download the base model, and give its folder by --base")
+        raise ParaError(f"'{path}' does not exist: download the base model, and give its folder by base=")
     file = path / "config.json" if path.is_dir() else path
     if (path / CONFIG).is_file():
-        raise ParaError(f"'{path}' is an adapter: give the folder of its base model by --base")
+        raise ParaError(f"'{path}' is an adapter: give the folder of its base model by base=")
     if file.name != "config.json" or not file.is_file():
         raise ParaError(f"'{path}' is no base model, which has a config.json: give its folder")
     config = read_json(file)

@@ -131,7 +131,7 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
     if base.tied and embedding:
         raise ParaError(
             f"'{embedding}' is one weight for input and output in '{base.folder}', of which the adapter changes "
-            "one side: it can't be merged; use --target peft"
+            "one side: it can't be merged; use target='peft'"
         )
     return MergedAdapter(
         path=adapter.path,

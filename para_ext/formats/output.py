@@ -187,30 +187,32 @@ def _check_apart(out: Path, source: Path) -> None:
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not overwrite:
-        raise ParaError(f"'{out}' exists: give a new folder, or --overwrite to replace the adapter in it")
+        raise ParaError(f"'{out}' exists: give a new folder, or overwrite=True to replace the adapter in it")
     if out.is_symlink() or not out.is_dir():
-        raise ParaError(f"'{out}' is not a folder, so --overwrite does not replace it: give another one")
+        raise ParaError(f"'{out}' is not a folder, so overwrite=True does not replace it: give another one")
     entries = sorted(out.iterdir())
     names = {path.name for path in entries}
     tensors = [path for path in entries if path.suffix in (".safetensors", ".gguf")]
     ours = SIDECAR in names and len(tensors) == 1
     if not ours and not {CONFIG, WEIGHTS} <= names:
-        raise ParaError(f"'{out}' holds no adapter, so --overwrite does not replace it: give another folder")
+        raise ParaError(f"'{out}' holds no adapter, so overwrite=True does not replace it: give another folder")
     foreign = [path.name for path in entries if not (_is_ours(path) or (ours and path in tensors and path.is_file()))]
     if foreign:
         shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
-        raise ParaError(f"'{out}' also holds {shown}, so --overwrite does not replace it: move that away first")
+        raise ParaError(f"'{out}' also holds {shown}, so overwrite=True does not replace it: move that away first")
 
 
 def _check_replaceable_file(out: Path, overwrite: bool) -> None:
     if not overwrite:
-        raise ParaError(f"'{out}' exists: give a new name, or --overwrite to replace it")
+        raise ParaError(f"'{out}' exists: give a new name, or overwrite=True to replace it")
     if out.is_symlink() or not out.is_file():
-        raise ParaError(f"'{out}' is not a regular file, so --overwrite does not replace it: give another one")
+        raise ParaError(f"'{out}' is not a regular file, so overwrite=True does not replace it: give another one")
     with out.open("rb") as file:
         start = file.read(1 << 20)
     if b"para_ext" not in start:  # the header's key; in both kinds of file it stands near the start
-        raise ParaError(f"'{out}' was not written by para-ext, so --overwrite does not replace it: move it away first")
+        raise ParaError(
+            f"'{out}' was not written by para-ext, so overwrite=True does not replace it: move it away first"
+        )
 
 
 def _is_ours(path: Path) -> bool:
