@@ -60,9 +60,7 @@ def together(*options: Decorator[Any]) -> Decorator[Any]:
     return decorate
 
 
-_budget = partial(
-    click.option, cls=Option, section="Budget, one at most; --energy 0.95 without any and without shaping"
-)
+_budget = partial(click.option, cls=Option, section="Budget: one at most; --energy 0.95 without any, nor shaping")
 _shaping = partial(click.option, cls=Option, section="Shape of the ranks")
 _reader = partial(click.option, cls=Option, section="Reader")
 _output = partial(click.option, cls=Option, section="Output")
