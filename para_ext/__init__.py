@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .spectra import Spectra as Spectra
 
 __version__ = "0.1.0"
+SCHEMA = 1
+"""Of the JSON documents; it changes with the meaning or the absence of a field (docs/json.md)."""
 
 _HOMES = {
     "compress_adapter": "compress",
@@ -39,7 +41,7 @@ _HOMES = {
     "Report": "report",
     "Spectra": "spectra",
 }
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["SCHEMA", "__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, Union, overload
@@ -24,6 +26,7 @@ from .formats.flux import parts
 from .formats.names import matched
 from .layout import FileLayout
 from .plan import BUDGETS, DEFAULT_ENERGY, Plan
+from .progress import Meter, Progress
 from .report import (
     GOOD_ENERGY,
     LOW_ENERGY,
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Source = Union[str, Path, "nn.Module", Iterable[LoraFactors]]
-Progress = Callable[[str], None]
 
 # The text that the safetensors header gets takes this many bytes there, so that `size` budgets can count it beforehand.
 HEADER_TEXT = 512
@@ -57,17 +59,21 @@ def decompose(
     backend: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Decomposition:
     """Decompose every module's ΔW = scale·B·A, without forming it.
 
     Args:
-        source: an adapter's folder or file, a live model with LoRA layers, or LoraFactors.
+        source: an adapter's folder or file, or its id on the Hugging Face Hub (see :func:`compress_adapter`); a live
+            model with LoRA layers; or LoraFactors.
         adapter_name: of a live model's adapters; the active one if None.
         backend: "cpu" or "cuda" (native, where the factors are) or "torch"; the fastest that is installed and takes the
             factors if None.
         device: where to work on an adapter folder: "cpu", "cuda" or "auto", which is "cuda" for that backend only.
         threads: how many to use; if None, ``torch.get_num_threads()`` where PyTorch is loaded, otherwise
             OMP_NUM_THREADS or the CPUs of this process. Results don't depend on it.
+        progress: called as ``progress(words, done, total)``: a few words on the stage, its bytes that are done and all
+            of them. A stage begins with 0 bytes done and ends when all are (0 of 0: its length is unknown).
 
     Returns:
         A Decomposition. Its ``factors`` are, of a folder, numpy arrays over the mapped file (bfloat16 by ml_dtypes);
@@ -82,13 +88,13 @@ def decompose(
 
         factors: Iterable[LoraFactors] = read_model(source, adapter_name).factors
     elif isinstance(source, str | Path):
-        adapter = read_adapter(Path(source))
+        adapter = read_adapter(source)
         factors, layout = _moved(adapter.factors, device, backend), adapter.layout(None, " " * HEADER_TEXT)
     elif isinstance(source, Iterable):
         factors = source
     else:
         raise ParaError(f"a {type(source).__name__} cannot be decomposed; give a folder, a model, or LoraFactors")
-    decomposition = Decomposition(factors, backend, threads)
+    decomposition = Decomposition(factors, backend, threads, progress)
     decomposition.spectra = Spectra(decomposition.spectra.modules, layout)
     return decomposition
 
@@ -177,20 +183,21 @@ def compress_adapter(
 
     Args:
         source: an adapter's folder or file, recognised by what is in it: PEFT, kohya, diffusers, ComfyUI, cloneofsimo,
-            loralib, MLX. It is never changed.
+            loralib, MLX. It is never changed. Or, as a str, its id on the Hugging Face Hub, with the extra ``hub``
+            installed: "user/adapter", "user/adapter@revision" for a branch, tag or commit,
+            "user/adapter/file.safetensors" for one file among several. What is on the disk under that name goes first.
         out: the folder to make, or for formats of a single file that file (``small.safetensors``, ``small.gguf``); it
             is there whole or not at all. With several ``keep`` values, the folder for one folder each:
             ``out/keep-0.25`` and so on.
         target: who will read it: "peft", "vllm", "uniform", "gguf", "trtllm", "mlx", "diffusers", "kohya" or "merged";
             None keeps the source's own format. All have the scaling folded in, each as its readers apply it. Of a list
             of them each gets a folder of its name in ``out``; one decomposition serves all.
-        base: the base model's folder, which "gguf" and "merged" need; "uniform" and "mlx" learn from it how many
-            layers there are.
+        base: the base model's folder, or its id on the Hub, which "gguf" and "merged" need; "uniform" and "mlx" learn
+            from it how many layers there are.
         dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
         overwrite: replace an adapter that is at ``out``.
         dry_run: plan and report, write nothing; errors in the report are then the predicted ones.
-        backend, device, threads: as for :func:`decompose`.
-        progress: called with a few words when a stage starts.
+        backend, device, threads, progress: as for :func:`decompose`.
         balance: as for :func:`compress_model`.
         keep: the budget of that name, or several: one decomposition serves all.
         **budget: another budget, score and shaping, as for :func:`compress_model`, and ``size="32MiB"``: bytes of the
@@ -203,7 +210,7 @@ def compress_adapter(
         ParaError: refused, naming what and why; nothing was written (of several outputs, none after the failing one).
     """
     job = _Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress, balance)
-    reports = _rewrite(read_adapter(Path(source)), str(source), Path(out), _budgets(keep, budget), job)
+    reports = _rewrite(read_adapter(source), str(source), Path(out), _budgets(keep, budget), job)
     return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
 
 
@@ -227,7 +234,7 @@ def convert_adapter(
         ParaError: refused, naming what and why; nothing was written.
     """
     job = _Job(target, base, dtype, overwrite, threads=threads, progress=progress)
-    return _rewrite(read_adapter(Path(source)), str(source), Path(out), _everything, job)[0]
+    return _rewrite(read_adapter(source), str(source), Path(out), _everything, job)[0]
 
 
 def merge_adapters(
@@ -240,6 +247,7 @@ def merge_adapters(
     overwrite: bool = False,
     dry_run: bool = False,
     backend: str | None = None,
+    device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
     balance: str = "even",
@@ -249,10 +257,11 @@ def merge_adapters(
     """Write the weighted sum of adapters as one adapter, truncated where a budget is given.
 
     Args:
-        sources: folders or files of one format, and their weights: ``{"a/": 0.6, "b/": -0.4}``; ranks, alphas and
-            scalings may differ.
+        sources: folders, files or ids of one format, and their weights: ``{"a/": 0.6, "b/": -0.4}``; ranks, alphas
+            and scalings may differ.
         dtype: of the new factors; the widest of the sources' if None.
-        out, target, base, overwrite, dry_run, backend, threads, progress, balance, keep, budget: as for
+        out, target, base, overwrite, dry_run, backend, device, threads, progress, balance, keep, budget:
+            as for
             :func:`compress_adapter`; without any budget or shaping nothing is truncated.
 
     Raises:
@@ -260,14 +269,16 @@ def merge_adapters(
     """
     from .merging import merged, widest
 
-    adapters = [(read_adapter(Path(source)), float(weight)) for source, weight in sources.items()]
+    adapters = [(read_adapter(source), float(weight)) for source, weight in sources.items()]
     if len(adapters) < 2:
         raise ParaError("one adapter alone is not merged: give two or more, as a=0.6 b=0.4")
     dtype = dtype or widest(adapter for adapter, _ in adapters)
-    job = _Job(target, base, dtype, overwrite, dry_run, backend, "auto", threads, progress, balance)
-    label = " + ".join(f"{weight:g} × {adapter.path}" for adapter, weight in adapters)
+    job = _Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress, balance)
+    label = " + ".join(f"{weight:g} × {source}" for source, weight in sources.items())
     plans = _budgets(keep, budget) if keep is not None or _given(budget) else _everything
-    reports = _rewrite(merged(adapters), label, Path(out), plans, job)
+    summed = merged(adapters)
+    summed = replace(summed, notes=(*summed.notes, f"A weighted sum: {label}."))
+    reports = _rewrite(summed, label, Path(out), plans, job)
     return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
 
 
@@ -305,10 +316,6 @@ class _Job:
     progress: Progress | None = None
     balance: str = "even"
     start: float = field(default_factory=time.perf_counter)
-
-    def say(self, words: str) -> None:
-        if self.progress is not None:
-            self.progress(words)
 
 
 class _Planned(NamedTuple):
@@ -377,23 +384,29 @@ class _Output:
     planned: _Planned
     out: Path
 
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor file, if that is of safetensors; otherwise near those of the new factors."""
+        plan = self.planned.plan
+        if self.layout is not None:
+            return self.layout.bytes(plan.ranks)
+        return self.decomposition.bytes * plan.parameters_after // plan.parameters_before
+
 
 def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Job) -> list[Report]:
     """Decompose once, plan for every target, truncate and write each plan."""
     code = checked_dtype(job.dtype)
     targets = job.target if isinstance(job.target, list) else [job.target]
-    wish = Wish(None if job.base is None else Path(job.base))
+    wish = Wish(job.base, job.progress)
     housed_for = {target: housed(source, target, wish) for target in targets}
-    with ThreadPoolExecutor(1) as hasher:  # hashlib releases the GIL, so reading the file twice overlaps with work
-        digest = hasher.submit(_sha256, source.weights)
+    with _hashed(source.weights) as digest:
         decompositions: dict[tuple[int, ...], Decomposition] = {}
         outputs: list[_Output] = []
         for target, adapter in housed_for.items():
             key = tuple(map(id, adapter.factors))  # most targets take the source's own
             if key not in decompositions:
-                job.say(f"decomposing {len(adapter.factors)} modules")
                 moved = _moved(adapter.factors, job.device, job.backend)
-                decompositions[key] = Decomposition(moved, job.backend, job.threads)
+                decompositions[key] = Decomposition(moved, job.backend, job.threads, job.progress)
             layout = adapter.layout(code, " " * HEADER_TEXT)
             spectra = Spectra(decompositions[key].spectra.modules, layout)
             try:
@@ -414,15 +427,20 @@ def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Jo
                 if not job.dry_run:
                     adapter.check_out(path, overwrite=job.overwrite)
                 outputs.append(_Output(adapter, decompositions[key], layout, target, planned, path))
-        return [_written(output, label, digest, code, job) for output in outputs]
+        meter: Meter | None = None
+        if not job.dry_run:
+            meter = Meter(job.progress, "truncating", sum(o.decomposition.bytes + o.size for o in outputs))
+        return [_written(output, label, digest, code, job, meter) for output in outputs]
 
 
-def _written(output: _Output, label: str, digest: Future[str], code: str | None, job: _Job) -> Report:
-    """Truncate and write one output, unless the run is a dry one; its report."""
+def _written(
+    output: _Output, label: str, digest: Future[str], code: str | None, job: _Job, meter: Meter | None
+) -> Report:
+    """Truncate and write one output, unless the run is a dry one, without a meter; its report."""
     adapter, plan, new = output.adapter, output.planned.plan, None
-    if not job.dry_run:
-        job.say(f"truncating for {output.out}")
-        new = output.decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks), job.balance)
+    if meter is not None:
+        meter.add(0, f"truncating for {output.out}")
+        new = output.decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks), job.balance, meter)
     report = _report(
         output.decomposition.spectra,
         plan,
@@ -434,11 +452,13 @@ def _written(output: _Output, label: str, digest: Future[str], code: str | None,
     )
     report = _with_sizes(report, adapter, output.layout.bytes(plan.ranks) if output.layout else None)
     report = replace(report, target=output.target, notes=(*adapter.notes, *output.planned.notes, *report.notes))
-    if new is None:
+    if new is None or meter is None:
         return report
-    job.say(f"writing {output.out}")
+    meter.add(0, f"writing {output.out}")
     report = replace(report, output=str(output.out))
-    return _write(adapter, output.decomposition, new, output.out, report, digest, code, job.overwrite)
+    report = _write(adapter, output.decomposition, new, output.out, report, digest, code, job.overwrite)
+    meter.add(output.size)
+    return report
 
 
 def _given(budget: Mapping[str, Any]) -> set[str]:
@@ -462,23 +482,28 @@ def verify(
     compressed: str | Path | Iterable[LoraFactors],
     *,
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Measure ‖ΔW − ΔW'‖_F between two adapters of one base, module by module, on the tensors as they are stored.
 
     Formats, ranks and scalings may differ. Only the factors are compared: not heads, biases, or DoRA's magnitudes.
 
+    Args:
+        adapter, compressed: folders, files or ids, as for :func:`compress_adapter`, or LoraFactors.
+        threads, progress: as for :func:`decompose`.
+
     Raises:
         ParaError: one cannot be read, or they are not of the same base.
     """
     left, right = (
-        tuple(read_adapter(Path(x)).factors) if isinstance(x, str | Path) else tuple(x) for x in (adapter, compressed)
+        tuple(read_adapter(x).factors) if isinstance(x, str | Path) else tuple(x) for x in (adapter, compressed)
     )
     named = matched([f.name for f in left], [f.name for f in right])
     ours, theirs = {f.name for f in left}, set(named.values())
     if ours - theirs and theirs - ours:  # modules that are one layer in one of them may be several in the other
         left, right = (tuple(part for f in factors for part in parts(f)) for factors in (left, right))
         named = matched([f.name for f in left], [f.name for f in right])
-    return compare(left, [replace(f, name=named[f.name]) for f in right], checked_threads(threads))
+    return compare(left, [replace(f, name=named[f.name]) for f in right], checked_threads(threads), progress)
 
 
 def _is_model(source: object) -> TypeGuard[nn.Module]:
@@ -533,7 +558,7 @@ def _report(
         if plan.parameters_after >= plan.parameters_before:
             notes.append(
                 f"Nothing is saved: one rank for all is {max(plan.ranks.values())} here. For a reader that takes any "
-                "rank, allow smaller ones: --allowed-ranks 1,2,4,6.",
+                "rank, allow smaller ones: allowed_ranks=[1, 2, 4, 6].",
             )
     if plan.budget is None and truncates:
         notes.append("No budget was given, so everything that the shaping allows is kept; energy=0.95 is a good one.")
@@ -567,7 +592,7 @@ def _better(spectra: Spectra, plan: Plan) -> str:
     fraction = -(-better.parameters_after * 1000 // better.parameters_before) / 1000
     if plan.score == "sigma" and plan.budget in ("keep", "params", "size"):
         return f"energy={GOOD_ENERGY:g} would take {fraction:.1%} of the parameters"
-    return f"--keep {fraction:g} would give {GOOD_ENERGY:.0%}"
+    return f"keep={fraction:g} would give {GOOD_ENERGY:.0%}"
 
 
 def _with_sizes(report: Report, adapter: Adapter[Any], size: int | None) -> Report:
@@ -613,9 +638,20 @@ def _write(
     return replace(report, bytes_after=written.size, notes=(*notes, *written.filled.notes))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+@contextmanager
+def _hashed(path: Path) -> Iterator[Future[str]]:
+    """The file's SHA-256, found meanwhile: hashlib releases the GIL, so reading the file twice overlaps with work."""
+    over = threading.Event()
+
+    def digest() -> str:
+        found = hashlib.sha256()
+        with path.open("rb") as file:
+            while not over.is_set() and (block := file.read(1 << 20)):
+                found.update(block)
+        return found.hexdigest()
+
+    with ThreadPoolExecutor(1) as aside:
+        try:
+            yield aside.submit(digest)
+        finally:
+            over.set()  # an interrupt does not wait for the rest of a large file

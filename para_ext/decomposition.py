@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from .factors import LoraFactors, as_tensors, check_factors, written_code
 from .layout import LARGEST
 from .plan import Plan
 from .pool import map_single_threaded
+from .progress import Meter, Progress
 from .rescaling import BALANCES, moved, rescaled
 from .spectra import ModuleSpectrum, Spectra
 
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
     import torch
 
 BACKENDS = ("cpu", "cuda", "torch")
+
+_FIRST_STEP = 32 << 20  # bytes of factors for each thread
+_STEP_SECONDS = 0.5
+_LANES = 8  # the native core decomposes so many modules at once
 
 
 class Decomposition:
@@ -52,19 +58,28 @@ class Decomposition:
         betas: per module |scale|·‖B‖_F·‖A‖_F, what rounding errors are relative to.
     """
 
-    def __init__(self, factors: Iterable[LoraFactors], backend: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        factors: Iterable[LoraFactors],
+        backend: str | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.factors = check_factors(factors)
         self.threads = checked_threads(threads)
         self._parts: list[tuple[Backend, list[int], Any]] = []
         sigma: list[list[float]] = [[]] * len(self.factors)
         self.betas = [0.0] * len(self.factors)
-        for stages, members in _assign(self.factors, backend):
+        parts = _assign(self.factors, backend)
+        meter = Meter(progress, f"decomposing {len(self.factors)} modules", self.bytes)
+        for stages, members in ((stages, step) for stages, all_ in parts for step in self._steps(all_)):
             cores = stages.cores([self.factors[i] for i in members], self.threads)
             self._parts.append((stages, members, cores))
             spectra = stages.svd(cores, self.threads)
             for i, values, beta in zip(members, spectra, stages.betas(cores), strict=True):
                 sigma[i] = values
                 self.betas[i] = beta
+            meter.add(sum(self.factors[i].bytes for i in members))
         self.spectra = Spectra(
             tuple(
                 ModuleSpectrum(f.name, f.m, f.n, f.rank, tuple(values), f.group, f.min_rank)
@@ -76,6 +91,30 @@ class Decomposition:
     def backends(self) -> tuple[str, ...]:
         """Names of the backends at work."""
         return tuple(dict.fromkeys(stages.NAME for stages, _, _ in self._parts))
+
+    @property
+    def bytes(self) -> int:
+        """What all factors take."""
+        return sum(f.bytes for f in self.factors)
+
+    def _steps(self, members: list[int]) -> Iterator[list[int]]:
+        """The members in runs that take about half a second each, so that progress is seen and an interrupt heard.
+
+        A module's bits depend on that module alone, so the clock may decide.
+        """
+        if device_of(self.factors[members[0]].B) != "cpu":
+            yield members  # a GPU waits for nothing that would be worth a step
+            return
+        start, step = 0, float(_FIRST_STEP * self.threads)
+        while start < len(members):
+            end, size = start, 0
+            while end < len(members) and (size < step or (end - start) % (_LANES * self.threads)):
+                size += self.factors[members[end]].bytes
+                end += 1
+            began = time.perf_counter()
+            yield members[start:end]
+            step = size * _STEP_SECONDS / max(time.perf_counter() - began, 1e-6)
+            start = end
 
     def truncate(
         self, plan: Plan | Mapping[str, int], dtype: torch.dtype | str | None = None, balance: str = "even"
@@ -93,6 +132,7 @@ class Decomposition:
         dtype: torch.dtype | str | None = None,
         gains: Mapping[str, float] | None = None,
         balance: str = "even",
+        meter: Meter | None = None,
     ) -> list[Truncated]:
         """The best approximation of every ΔW at the plan's rank, with its error bound, in the order of ``factors``.
 
@@ -106,6 +146,7 @@ class Decomposition:
                 absent.
             balance: "even", or the side that has all of σ, in every module: with "A", B's columns are orthonormal, with
                 "B", A's rows.
+            meter: told of the factors' bytes as they are truncated.
 
         Raises:
             ParaError: naming the module, if a value overflows ``dtype`` or too much of it is lost to subnormals.
@@ -144,6 +185,8 @@ class Decomposition:
             for i, new in zip(members, stages.truncate(part, cores, part_ranks, codes, self.threads), strict=True):
                 if results[i] is None:
                     results[i] = new
+            if meter is not None:
+                meter.add(sum(f.bytes for f in part))
         as_before = set(unchanged)
         rescale = [
             (i, new)
@@ -189,13 +232,13 @@ class Decomposition:
             if not math.isfinite(rounding):
                 raise ParaError(
                     f"module '{self.factors[i].name}': a value of the new {which} exceeds the range of {name}; "
-                    "write with a wider --dtype such as bf16 or fp32"
+                    "write with a wider type, such as dtype='bf16'"
                 )
             norm = root if balanced else _norm(factor)
             if rounding * rounding > 0.01 * norm * norm:
                 raise ParaError(
                     f"module '{self.factors[i].name}': over 1 % of the new {which}'s squared norm would be lost to "
-                    f"values too small for {name}; write with --dtype bf16 or fp32"
+                    f"values too small for {name}; write with a wider type, such as dtype='bf16'"
                 )
 
 

@@ -55,6 +55,11 @@ class LoraFactors:
         """Elements of A and B as they are written."""
         return self.rank * (self.m + self.n)
 
+    @property
+    def bytes(self) -> int:
+        """What the elements of A and B take."""
+        return self.B.nbytes + self.A.nbytes
+
 
 def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
     """Check shapes, dtypes, devices, scales and names once; values are checked by the cores stage, which reads them.
@@ -138,7 +143,7 @@ def fold_bias(name: str, bias: NDArray[Any], scale: float, code: str) -> NDArray
     if not np.isfinite(folded.astype(np.float64)).all():
         raise ParaError(
             f"module '{name}': a value of lora_B.bias exceeds the range of {dtype_name(code)} with the scale folded "
-            "in; write with a wider --dtype such as bf16 or fp32"
+            "in; write with a wider type, such as dtype='bf16'"
         )
     return folded
 

@@ -12,6 +12,7 @@ from .errors import ParaError
 from .factors import LoraFactors, total_parameters
 from .naming import module_type
 from .pool import map_single_threaded
+from .progress import Meter, Progress
 from .report import at_most, percent
 
 
@@ -86,7 +87,9 @@ class Verification:
         }
 
 
-def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threads: int) -> Verification:
+def compare(
+    original: Sequence[LoraFactors], other: Sequence[LoraFactors], threads: int, progress: Progress | None = None
+) -> Verification:
     """Measure ‖ΔW − ΔW'‖_F of every module that either adapter has.
 
     Raises:
@@ -113,13 +116,17 @@ def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threa
         B2 = g.B if g.scale == 1 else as_tensor(g.B).double() * g.scale
         error, norm = difference_and_norm(f.B, f.A, f.scale, B2, g.A)
         if not math.isfinite(error):
-            raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with a wider --dtype")
+            raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with dtype='fp32'")
         return ModuleVerification(name, module_type(name), f.rank, g.rank, norm, error)
 
     names = [*left, *(name for name in right if name not in left)]
-    return Verification(
-        tuple(map_single_threaded(measure, names, threads)), total_parameters(original), total_parameters(other)
-    )
+    meter = Meter(progress, f"measuring {len(names)} modules", sum(f.bytes for f in left.values()))
+
+    def measured(name: str) -> None:
+        meter.add(left[name].bytes if name in left else 0)
+
+    modules = tuple(map_single_threaded(measure, names, threads, measured))
+    return Verification(modules, total_parameters(original), total_parameters(other))
 
 
 def _nothing(f: LoraFactors) -> LoraFactors:

@@ -323,7 +323,7 @@ def test_notes_speak_of_the_budget_that_was_given(tmp_path: Path) -> None:
     assert "No budget was given" in notes(multiple_of=2)
     assert "with this shaping no budget gives 95%" in notes(keep=0.05, max_rank=1)
     advice = notes(keep=0.1, multiple_of=2)
-    better = advice.split("--keep ")[1].split()[0]
+    better = advice.split("keep=")[1].split()[0]
     assert para_ext.compress_adapter(adapter, tmp_path / "x", dry_run=True, keep=better, multiple_of=2).energy >= 0.95
     untrained = write_adapter(tmp_path / "untrained", [(name, B * 0, A) for name, B, A in factors()])
     report = para_ext.compress_adapter(untrained, tmp_path / "small", dry_run=True)

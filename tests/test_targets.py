@@ -257,35 +257,35 @@ NOT_PEFT = tuple(target for target in TARGETS if target != "peft")
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED: dict[str, tuple[Source, tuple[str, ...], str]] = {
     "DoRA": (lambda p: with_tensors(p, {f"{Q}.lora_magnitude_vector": torch.ones(16)}, use_dora=True),
-             NOT_PEFT, "uses DoRA.*--target peft"),
+             NOT_PEFT, "uses DoRA.*target='peft'"),
     "bias": (lambda p: with_tensors(p, {f"{Q}.lora_B.bias": torch.ones(16)}, lora_bias=True),
-             NOT_PEFT, "has a lora_B.bias.*--target peft"),
+             NOT_PEFT, "has a lora_B.bias.*target='peft'"),
     "aLoRA": (lambda p: peft_folder(p, alora_invocation_tokens=[1, 2]),
-              NOT_PEFT, "uses aLoRA.*--target peft"),
+              NOT_PEFT, "uses aLoRA.*target='peft'"),
     "layer replication": (lambda p: peft_folder(p, layer_replication=[[0, 2], [1, 3]]),
                           NOT_PEFT, "uses layer replication"),
     "trained tokens": (lambda p: peft_folder(p, trainable_token_indices=[1]), NOT_PEFT, "uses trained tokens"),
     "modules_to_save": (lambda p: with_tensors(p, {"base_model.model.lm_head.weight": torch.ones(4, 16)},
                                                modules_to_save=["lm_head"]),
                         ("vllm", "uniform", "trtllm", "mlx", "gguf"),
-                        "also holds 'base_model.model.lm_head.weight'.*--target peft or merged"),
+                        "also holds 'base_model.model.lm_head.weight'.*target='peft' or target='merged'"),
     "pipeline": (kohya_pipeline, ("peft", "vllm", "uniform", "trtllm", "mlx", "gguf", "merged"),
-                 r"adapts several models \(text_encoder, text_encoder_2, unet\).*use --target diffusers"),
+                 r"adapts several models \(text_encoder, text_encoder_2, unet\).*use target='diffusers'"),
     "numbers": (lambda p: keyed(p, "unet:0", (":down", ":up")), ("peft", "kohya", "diffusers", "uniform"),
-                "has a number for a name.*compress without --target"),
+                "has a number for a name.*compress without a target"),
     "unknown words": (lambda p: keyed(p, "lora_unet_new_kind_of_block_0_x"), ("peft", "diffusers", "kohya", "uniform"),
-                      "whose dots are unknown.*compress without --target"),
+                      "whose dots are unknown.*compress without a target"),
     "dora_scale": (lambda p: keyed(p, "lora_unet_conv_in", lora_unet_conv_in__dora_scale=torch.ones(12, 1)),
-                   ("peft", "diffusers", "kohya"), "dora_scale.*compress without --target to keep"),
+                   ("peft", "diffusers", "kohya"), "dora_scale.*compress without a target to keep"),
     "merged linear": (merged_linear, ("peft", "vllm", "uniform", "trtllm", "mlx"), "is several layers in one"),
-    "no diffusion": (peft_folder, ("diffusers", "kohya"), "is of no diffusion model that is known.*--target peft"),
+    "no diffusion": (peft_folder, ("diffusers", "kohya"), "is of no diffusion model that is known.*target='peft'"),
     "original names": (lambda p: keyed(p, "lora_unet_joint_blocks_0_x_block_attn_qkv"), ("diffusers",),
-                       "named as in the original model.*use --target kohya"),
+                       "named as in the original model.*use target='kohya'"),
     "grouped": (lambda p: File().add("x", "unet.x", PEFT, (6, 2, 3, 3), groups=2).save(p.with_suffix(".safetensors")),
-                ("kohya", "diffusers", "uniform", "trtllm"), "--target peft"),
-    "no base": (peft_folder, ("gguf", "merged"), "needs the base model: give its folder by --base"),
-    "convolution": (peft_unet, ("trtllm", "mlx"), "--target (peft|merged|diffusers)"),
-    "names MLX lacks": (lambda p: write_adapter(p), ("mlx",), "has no name that is known in MLX: use --target merged"),
+                ("kohya", "diffusers", "uniform", "trtllm"), "target='peft'"),
+    "no base": (peft_folder, ("gguf", "merged"), "needs the base model: give its folder by base="),
+    "convolution": (peft_unet, ("trtllm", "mlx"), "target='(peft|merged|diffusers)'"),
+    "names MLX lacks": (lambda p: write_adapter(p), ("mlx",), "has no name that is known in MLX: use target='merged'"),
 }  # fmt: skip
 
 
@@ -302,9 +302,7 @@ def test_refusals(tmp_path: Path, base: Path, case: str, target: str) -> None:
 def test_refusals_for_ranks_and_shaping(tmp_path: Path) -> None:
     wide = [("model.layers.0.x", torch.randn(600, 530), torch.randn(530, 600))]
     source = write_adapter(tmp_path / "wide", wide, target_modules=["x"])
-    with pytest.raises(
-        ParaError, match=r"would have rank 530, but vLLM takes at most 512: compress with --max-rank 512"
-    ):
+    with pytest.raises(ParaError, match=r"would have rank 530, but vLLM takes at most 512: compress with max_rank=512"):
         para_ext.convert_adapter(source, tmp_path / "out", "vllm")
     with pytest.raises(ParaError, match=r"has rank 530, but this target takes at most 512: compress"):
         para_ext.convert_adapter(source, tmp_path / "out", "uniform")

@@ -89,7 +89,7 @@ class GgufAdapter(Adapter[PeftSlot]):
         writer.write_tensors_to_file()
         writer.close()
         sixteen = any(A.dtype.itemsize == 2 or B.dtype.itemsize == 2 for _, A, B in pairs)
-        note = "llama.cpp rounds activations to 16 bits where factors have 16; --dtype fp32 avoids it."
+        note = "llama.cpp rounds activations to 16 bits where factors have 16; dtype='fp32' avoids it."
         return Filled([note] * sixteen)
 
 
@@ -105,7 +105,7 @@ def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
     if base.kind not in _ARCHITECTURES:
         raise ParaError(
             f"'{base.folder}' is a {base.kind or 'model without model_type'}, whose weights GGUF may order otherwise; "
-            f"the target gguf is for {', '.join(_ARCHITECTURES)}: use --target merged and convert that"
+            f"the target gguf is for {', '.join(_ARCHITECTURES)}: use target='merged' and convert that"
         )
     gguf = _library()
     names = gguf.get_tensor_name_map(_architecture(gguf, base), max(base.layers, 1))
@@ -115,18 +115,18 @@ def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
         if not all(targets[slot.name]):
             raise ParaError(
                 f"module '{slot.name}' has no place in a GGUF of '{base.folder}': give its own base model, "
-                f"or use --target merged"
+                f"or use target='merged'"
             )
         for target in targets[slot.name]:
             if target in taken or len(f"{target}.weight.lora_a") > _LONGEST_NAME:
-                raise ParaError(f"module '{slot.name}' is '{target}' in GGUF, which is taken: use --target merged")
+                raise ParaError(f"module '{slot.name}' is '{target}' in GGUF, which is taken: use target='merged'")
             taken.add(target)
         if (len(slot.members) > 1 and not slot.experts) or slot.A.ndim > 2:
-            raise ParaError(f"module '{slot.name}' is no linear layer, which the target gguf needs: use --target peft")
+            raise ParaError(f"module '{slot.name}' is no linear layer, which the target gguf needs: use target='peft'")
         if base.tied and targets[slot.name][0] in ("token_embd", "output"):
             raise ParaError(
                 f"module '{slot.name}' shares its weight with another in '{base.folder}', and llama.cpp stops at an "
-                "adapter for one of them: use --target merged for an adapter of both, or leave it out"
+                "adapter for one of them: use target='merged' for an adapter of both, or leave it out"
             )
     return GgufAdapter(
         path=adapter.path,
@@ -168,7 +168,7 @@ def _interleaved(B: NDArray[Any], heads: int) -> NDArray[Any]:
     """B [out, r] with its rows (head, half, i) in the order (head, i, half)."""
     out, r = B.shape
     if out % (2 * heads):
-        raise ParaError(f"{out} rows do not make {heads} heads: give the base model of this adapter by --base")
+        raise ParaError(f"{out} rows do not make {heads} heads: give the base model of this adapter by base=")
     return B.reshape(heads, 2, out // heads // 2, r).swapaxes(1, 2).reshape(out, r)
 
 

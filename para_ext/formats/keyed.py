@@ -216,7 +216,7 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
             "The file holds no alpha: give every layer the rank of its tensors and an alpha that keeps the old alpha/r."
         )
     if slots[0].style.name == "diffusers":
-        notes.append("Its keys are those of old diffusers, and stay so; --target diffusers writes today's.")
+        notes.append("Its keys are those of old diffusers, and stay so; target='diffusers' writes today's.")
     return KeyedAdapter(
         path=path,
         weights=weights,

@@ -20,8 +20,9 @@ from ..arrays import UNIT_ROUNDOFF, as_tensor, dtype_name
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..layout import FileLayout
+from ..progress import Meter, Progress
 from .adapter import Adapter, Filled
-from .base import BaseModel
+from .base import WEIGHT_SUFFIXES, BaseModel
 from .output import write_safetensors
 from .peft import PREFIX, PeftAdapter, PeftSlot
 from .tensors import read_tensors
@@ -29,7 +30,6 @@ from .tensors import read_tensors
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
 # Models whose linear layers are Conv1D, which keeps weights transposed; PEFT knows them by their class.
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_NEVER = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
 
 
 class Piece(NamedTuple):
@@ -56,12 +56,14 @@ class MergedAdapter(Adapter[PeftSlot]):
         base: the model.
         pieces: what is added, by key of the base.
         saved: tensors of modules_to_save, by the key that they replace.
+        progress: told of the base's bytes as they are written.
     """
 
     tensor_file: str = "*.safetensors"
     base: BaseModel
     pieces: Mapping[str, Piece]
     saved: Mapping[str, NDArray[Any]]
+    progress: Progress | None = None
 
     def layout(self, code: str | None = None, metadata: str = "") -> FileLayout | None:
         """See :meth:`Adapter.layout`: its size does not depend on the ranks."""
@@ -71,7 +73,10 @@ class MergedAdapter(Adapter[PeftSlot]):
         """See :meth:`Adapter.fill`; the certificate is known when all is written, and stands in para_ext.json only."""
         header_text = json.dumps({**json.loads(metadata), "error": None})
         rounding: dict[str, float] = {}
-        for file in sorted(set(self.base.shards.values())):
+        files = sorted(set(self.base.shards.values()))
+        sizes = [(self.base.folder / file).stat().st_size for file in files]
+        meter = Meter(self.progress, f"merging into {len(files)} files", 2 * sum(sizes))
+        for file, size in zip(files, sizes, strict=True):
             tensors, header = read_tensors(self.base.folder / file)
             for key in tensors:
                 if key in self.saved:
@@ -80,17 +85,19 @@ class MergedAdapter(Adapter[PeftSlot]):
                     tensors[key], lost = _merged(self.pieces[key], tensors[key], factors)
                     for name, norm in lost.items():
                         rounding[name] = math.hypot(rounding.get(name, 0.0), norm)
+                meter.add(tensors[key].nbytes)
             write_safetensors(folder / file, tensors, {**header, "format": "pt", "para_ext": header_text})
+            meter.add(2 * size - sum(tensor.nbytes for tensor in tensors.values()))
         for path in sorted(self.base.folder.iterdir()):
             # Links too: in a hub's cache every file is one.
-            if path.is_file() and path.suffix not in _NEVER and path.name[0] != ".":
+            if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name[0] != ".":
                 shutil.copyfile(path, folder / path.name)
         note = f"'{self.base.folder}' and the adapter in one: no runtime needs to know of LoRA."
         return Filled([note], rounding)
 
 
-def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
-    """The adapter with its base model.
+def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None = None) -> MergedAdapter:
+    """The adapter with its base model; ``progress`` is told of the base's bytes as they are written.
 
     Raises:
         ParaError: a module has no weight in the base that it fits, or the adapter holds what cannot be merged.
@@ -129,7 +136,7 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
     if base.tied and embedding:
         raise ParaError(
             f"'{embedding}' is one weight for input and output in '{base.folder}', of which the adapter changes "
-            "one side: it can't be merged; use --target peft"
+            "one side: it can't be merged; use target='peft'"
         )
     return MergedAdapter(
         path=adapter.path,
@@ -140,6 +147,7 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
         base=base,
         pieces=pieces,
         saved=saved,
+        progress=progress,
     )
 
 

@@ -138,11 +138,11 @@ def for_mlx(adapter: PeftAdapter, base: BaseModel | None) -> MlxAdapter:
             or slot.A.ndim > 2
             or slot.role == "tied"
         ):
-            raise ParaError(f"module '{slot.name}' has no name that is known in MLX: use --target merged")
+            raise ParaError(f"module '{slot.name}' has no name that is known in MLX: use target='merged'")
         if slot.embedding and (base is None or base.tied):
             raise ParaError(
                 f"module '{slot.name}' may share its weight with the output layer, which MLX would adapt too: give "
-                "a base model where it doesn't by --base, or use --target merged"
+                "a base model where it doesn't by base=, or use target='merged'"
             )
         layers += [int(number) + 1 for number in re.findall(r"\.(\d+)\.", name)[:1]]
         slots.append(Slot(name=name, A=slot.A, B=slot.B, embedding=slot.embedding, members=slot.members))

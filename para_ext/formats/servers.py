@@ -50,20 +50,20 @@ def check_plain(adapter: PeftAdapter, target: str, *, foreign: bool = False, bia
     diffusion = next((slot.name for slot in adapter.slots if names.placed(slot.name)), "")
     if diffusion and target in ("vllm", "trtllm"):
         raise ParaError(
-            f"module '{diffusion}' is of a diffusion model, which the target {target} is not for: use --target "
-            "diffusers or kohya"
+            f"module '{diffusion}' is of a diffusion model, which the target {target} is not for: use "
+            "target='diffusers' or target='kohya'"
         )
     for key, name in _PLAIN.items():
         if adapter.config.get(key):
-            raise ParaError(f"'{adapter.path}' uses {name}, which the target {target} can't express: use --target peft")
+            raise ParaError(f"'{adapter.path}' uses {name}, which the target {target} can't express: use target='peft'")
     biased = next((slot.name for slot in adapter.slots if slot.bias is not None), "")
     if biased and not bias:
-        raise ParaError(f"module '{biased}' has a lora_B.bias, which the target {target} ignores: use --target peft")
+        raise ParaError(f"module '{biased}' has a lora_B.bias, which the target {target} ignores: use target='peft'")
     if adapter.foreign and not foreign:
         key = next(iter(adapter.foreign))
         raise ParaError(
             f"'{adapter.path}' also holds '{key}' and {len(adapter.foreign) - 1} other tensors that are not LoRA's, "
-            f"which the target {target} would leave out: use --target peft or merged"
+            f"which the target {target} would leave out: use target='peft' or target='merged'"
         )
 
 
@@ -78,7 +78,7 @@ class VllmAdapter(PeftAdapter):
         if of_slots[largest] > VLLM_RANKS[-1]:
             raise ParaError(
                 f"module '{largest}' would have rank {of_slots[largest]}, but vLLM takes at most {VLLM_RANKS[-1]}: "
-                f"compress with --max-rank {VLLM_RANKS[-1]}"
+                f"compress with max_rank={VLLM_RANKS[-1]}"
             )
 
     def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
@@ -89,7 +89,7 @@ class VllmAdapter(PeftAdapter):
         below = max((rank for rank in VLLM_RANKS if rank < largest), default=1)
         start = (
             f"vLLM: start with --max-lora-rank {bucket}. The memory of its slots depends on that alone, not on "
-            f"the ranks below it." + (f" With --max-rank {below} it would be smaller." if below > 1 else "")
+            f"the ranks below it." + (f" With max_rank={below} it would be smaller." if below > 1 else "")
         )
         return Filled([*notes, start], rounding)
 
@@ -135,7 +135,7 @@ def uniform(adapter: PeftAdapter, layers: int | None = None) -> UniformAdapter:
     grouped = next((slot.name for slot in adapter.slots if slot.A.ndim > 2 and len(slot.members) > 1), "")
     if grouped:
         raise ParaError(
-            f"module '{grouped}' is a grouped convolution, which needs a rank of its own: use --target peft"
+            f"module '{grouped}' is a grouped convolution, which needs a rank of its own: use target='peft'"
         )
     added = _missing(adapter.slots, layers)
     notes = adapter.notes
@@ -171,7 +171,7 @@ def for_trtllm(adapter: PeftAdapter) -> TrtllmAdapter:
     several = next((slot.name for slot in adapter.slots if len(slot.members) > 1 or slot.A.ndim > 2), "")
     if several:
         raise ParaError(
-            f"module '{several}' is no plain linear layer, which the target trtllm needs: use --target peft"
+            f"module '{several}' is no plain linear layer, which the target trtllm needs: use target='peft'"
         )
     # By exclude_modules, because a target_modules that names what is kept would be no list of leaves.
     config = {"exclude_modules": None, **_by_leaf(adapter.config, adapter.slots)}
@@ -215,7 +215,7 @@ def _missing(slots: Sequence[PeftSlot], layers: int | None) -> list[PeftSlot]:
             if len(shapes) > 1:
                 raise ParaError(
                     f"module '{name}' is not adapted and its shape is unknown, but the target uniform needs every "
-                    "layer: use --target peft"
+                    "layer: use target='peft'"
                 )
             added.append(_zero(next(iter(present.values())), name))
     return added
