@@ -107,6 +107,7 @@ def test_every_command_prints_what_is_documented(printed: Printed, adapter: Path
     check(json.loads((tmp_path / "report.json").read_text()), "report", "--report")
     beside = json.loads((small / "para_ext.json").read_text())
     assert re.fullmatch(r"[0-9a-f]{64}", beside.pop("source_sha256"))
+    assert beside.pop("files") == sorted(path.name for path in small.iterdir() if path.name != "para_ext.json")
     check(beside, "report", "para_ext.json")
     assert set(cli.cli.commands) == {"plan", *(str(line[0]) for lines in commands.values() for line in lines)}
 

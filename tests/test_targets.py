@@ -193,7 +193,7 @@ def test_merged_replaces_what_it_wrote_and_nothing_else(tmp_path: Path, base: Pa
     for keep in (0.5, 0.25):
         para_ext.compress_adapter(source, out, target="merged", base=base, keep=keep, overwrite=True)
     (out / "mine.txt").write_text("")
-    with pytest.raises(ParaError, match=r"also holds mine.txt, so --overwrite does not replace it"):
+    with pytest.raises(ParaError, match=r"also holds mine.txt, so overwrite=True does not replace it"):
         para_ext.compress_adapter(source, out, target="merged", base=base, overwrite=True)
     (out / "mine.txt").unlink()
     (out / "para_ext.json").write_text('{"files": 3}')

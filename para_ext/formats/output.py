@@ -218,7 +218,7 @@ def _check_replaceable_file(out: Path, overwrite: bool) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return _is_plain(path) and (path.name in _WRITTEN or _goes_along(path.name))
+    return _is_plain(path) and (path.name in _WRITTEN or goes_along(path.name))
 
 
 def _is_plain(path: Path) -> bool:
