@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, Union, overload
 
@@ -427,20 +428,43 @@ def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Jo
                 if not job.dry_run:
                     adapter.check_out(path, overwrite=job.overwrite)
                 outputs.append(_Output(adapter, decompositions[key], layout, target, planned, path))
-        meter: Meter | None = None
-        if not job.dry_run:
-            meter = Meter(job.progress, "truncating", sum(o.decomposition.bytes + o.size for o in outputs))
-        return [_written(output, label, digest, code, job, meter) for output in outputs]
+        if job.dry_run:
+            return [_reported(output, None, label, job) for output in outputs]
+        return _written(outputs, label, digest, code, job)
 
 
-def _written(
-    output: _Output, label: str, digest: Future[str], code: str | None, job: _Job, meter: Meter | None
-) -> Report:
-    """Truncate and write one output, unless the run is a dry one, without a meter; its report."""
-    adapter, plan, new = output.adapter, output.planned.plan, None
-    if meter is not None:
-        meter.add(0, f"truncating for {output.out}")
-        new = output.decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks), job.balance, meter)
+def _written(outputs: Sequence[_Output], label: str, digest: Future[str], code: str | None, job: _Job) -> list[Report]:
+    """Truncate and write all outputs, in order: while one is written, the next one is truncated."""
+    meter = Meter(job.progress, "truncating", sum(o.decomposition.bytes + o.size for o in outputs))
+    reports: list[Report] = []
+
+    def collect(write: Callable[[], Report], size: int) -> None:
+        reports.append(write())
+        meter.add(size)
+
+    with ThreadPoolExecutor(1) as aside:
+        pending: tuple[Callable[[], Report], int] | None = None
+        for output in outputs:
+            meter.add(0, f"truncating for {output.out}")
+            gains = output.adapter.gains(output.planned.plan.ranks)
+            new = output.decomposition.truncate_certified(output.planned.plan, code, gains, job.balance, meter)
+            report = replace(_reported(output, new, label, job), output=str(output.out))
+            if pending is not None:
+                collect(*pending)
+            meter.add(0, f"writing {output.out}")
+            write = partial(_write, output, new, report, digest, code, job.overwrite)
+            # The last one here, so that an interrupt need not wait for its end; likewise a whole model.
+            if output is outputs[-1] or output.layout is None:
+                collect(write, output.size)
+                pending = None
+            else:
+                pending = aside.submit(write).result, output.size
+    return reports
+
+
+def _reported(output: _Output, new: Sequence[Truncated] | None, label: str, job: _Job) -> Report:
+    """What is to be said of an output before it is written; without new factors, of a dry run."""
+    adapter, plan = output.adapter, output.planned.plan
     report = _report(
         output.decomposition.spectra,
         plan,
@@ -451,14 +475,7 @@ def _written(
         truncates=output.planned.truncates,
     )
     report = _with_sizes(report, adapter, output.layout.bytes(plan.ranks) if output.layout else None)
-    report = replace(report, target=output.target, notes=(*adapter.notes, *output.planned.notes, *report.notes))
-    if new is None or meter is None:
-        return report
-    meter.add(0, f"writing {output.out}")
-    report = replace(report, output=str(output.out))
-    report = _write(adapter, output.decomposition, new, output.out, report, digest, code, job.overwrite)
-    meter.add(output.size)
-    return report
+    return replace(report, target=output.target, notes=(*adapter.notes, *output.planned.notes, *report.notes))
 
 
 def _given(budget: Mapping[str, Any]) -> set[str]:
@@ -604,15 +621,14 @@ def _with_sizes(report: Report, adapter: Adapter[Any], size: int | None) -> Repo
 
 
 def _write(
-    adapter: Adapter[Any],
-    decomposition: Decomposition,
+    output: _Output,
     new: Sequence[Truncated],
-    folder: Path,
     report: Report,
     digest: Future[str],
     code: str | None,
     overwrite: bool,
 ) -> Report:
+    """Write the new factors; the report with what is known afterwards."""
     header = {
         "version": __version__,
         "source_sha256": digest.result(),
@@ -625,12 +641,12 @@ def _write(
     }
     text = json.dumps(header)
     text = text.ljust(HEADER_TEXT - text.count('"'))  # the header escapes quotes
-    factors = decomposition.named(new)
+    factors = output.decomposition.named(new)
 
     def sidecar(filled: Filled) -> Mapping[str, Any]:
         return {"source_sha256": digest.result(), **stored(report, filled.rounding).to_dict()}
 
-    written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, code=code, overwrite=overwrite)
+    written = output.adapter.write(output.out, factors, metadata=text, sidecar=sidecar, code=code, overwrite=overwrite)
     report = stored(report, written.filled.rounding)
     notes = report.notes
     if written.left_out:
