@@ -22,7 +22,7 @@ from .backends import Truncated
 from .decomposition import Decomposition, checked_threads, cuda_backend
 from .errors import ParaError, shown
 from .factors import LoraFactors
-from .formats import FILE_SUFFIXES, Adapter, Filled, Wish, housed, read_adapter
+from .formats import BASED, FILE_SUFFIXES, Adapter, Filled, Wish, housed, read_adapter
 from .formats.flux import parts
 from .formats.names import matched
 from .layout import FileLayout
@@ -398,6 +398,10 @@ def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Jo
     """Decompose once, plan for every target, truncate and write each plan."""
     code = checked_dtype(job.dtype)
     targets = job.target if isinstance(job.target, list) else [job.target]
+    if job.base is not None and not BASED & set(targets):
+        raise ParaError(
+            f"base is read for {', '.join(sorted(BASED))} only, and none of these is a target: leave it out"
+        )
     wish = Wish(job.base, job.progress)
     housed_for = {target: housed(source, target, wish) for target in targets}
     with _hashed(source.weights) as digest:

@@ -201,6 +201,58 @@ def test_merged_replaces_what_it_wrote_and_nothing_else(tmp_path: Path, base: Pa
         para_ext.compress_adapter(source, out, target="merged", base=base, overwrite=True)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "my_model"])
+def test_weights_that_are_kept_transposed(tmp_path: Path, base: Path, kind: str) -> None:
+    """As a model's type says, otherwise as shapes do; a square one's orientation is not guessed."""
+    config = json.loads((base / "config.json").read_text()) | {"model_type": kind}
+    (base / "config.json").write_text(json.dumps(config))
+    for file in base.glob("*.safetensors"):
+        save_file({key: t.T.contiguous() for key, t in load_file(file).items()}, file, {"format": "pt"})
+    plain = [(name, B, A) for name, B, A in language() if len(B) != A.shape[1]]
+    source = write_adapter(tmp_path / "source", plain, fan_in_fan_out=True)
+    report = para_ext.compress_adapter(source, tmp_path / "out", target="merged", base=base, keep=0.9)
+    before = {key: t for file in base.glob("*.safetensors") for key, t in load_file(file).items()}
+    after = {key: t for file in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(file).items()}
+    lost = norm({n: (after[f"{n}.weight"].double() - before[f"{n}.weight"]).T - d for n, d in dense(source).items()})
+    assert 0 < lost <= report.error * (1 + 1e-5)
+    square = [(name, B, A) for name, B, A in language() if len(B) == A.shape[1]]
+    folder = write_adapter(tmp_path / "square", square, fan_in_fan_out=True)
+    if kind == "gpt2":
+        para_ext.compress_adapter(folder, tmp_path / "out2", target="merged", base=base)
+    else:
+        with pytest.raises(ParaError, match="has no weight in"):
+            para_ext.compress_adapter(folder, tmp_path / "out2", target="merged", base=base)
+
+
+@pytest.mark.parametrize("target", ["gguf", "uniform"])
+def test_a_base_that_cannot_be_the_adapters_is_refused(tmp_path: Path, base: Path, target: str) -> None:
+    pytest.importorskip("gguf", reason="it writes and reads the format")
+    source = peft_folder(tmp_path / "source")
+    config = json.loads((base / "config.json").read_text())
+    cases: list[tuple[dict[str, int], str]] = [({"num_hidden_layers": 10**12}, "speaks of 1000000000000 layers")]
+    if target == "gguf":
+        cases += [({"num_attention_heads": 4, "head_dim": 8}, "has 16 rows, but .* has 4 heads of 8"),
+                  ({"hidden_size": 32}, "has 8 rows, but .* has 1 heads of 16")]  # fmt: skip
+    for change, message in cases:
+        (base / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ParaError, match=message):
+            para_ext.compress_adapter(source, tmp_path / f"out{'.gguf' * (target == 'gguf')}", target=target, base=base)
+
+
+def test_a_base_that_nothing_reads_is_refused(tmp_path: Path, base: Path) -> None:
+    source = peft_folder(tmp_path / "source")
+    with pytest.raises(ParaError, match="base is read for gguf, merged, mlx, uniform only"):
+        para_ext.compress_adapter(source, tmp_path / "out", target="vllm", base=base)
+
+
+def test_layers_without_end_are_not_filled_up(tmp_path: Path) -> None:
+    (name, B, A), *_ = language()
+    far = name.replace("layers.0", "layers.999999999999")
+    source = write_adapter(tmp_path / "source", [(name, B, A), (far, B + 1, A + 1)])
+    with pytest.raises(ParaError, match="is of more layers than models have"):
+        para_ext.compress_adapter(source, tmp_path / "out", target="uniform")
+
+
 def test_merged_takes_no_weight_of_another_part(tmp_path: Path, base: Path) -> None:
     """Only what models with heads call their body may be left out of a name."""
     modules = [(f"vision.{name}", B, A) for name, B, A in language()]

@@ -13,10 +13,11 @@ from .keyed import read_keyed
 from .mlx import is_mlx, read_mlx
 from .output import CONFIG, MLX, PICKLED, SIDECAR, WEIGHTS, goes_along
 from .peft import PeftAdapter, read_peft
-from .targets import TARGETS, Wish, housed
+from .targets import BASED, TARGETS, Wish, housed
 from .tensors import read_json
 
 __all__ = [
+    "BASED",
     "FILE_SUFFIXES",
     "TARGETS",
     "Adapter",

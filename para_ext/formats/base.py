@@ -18,6 +18,8 @@ from .tensors import read_json
 WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
 """How the names of files with weights end, in whatever format."""
 
+MOST_LAYERS = 10_000  # ten times those of the deepest models: files are untrusted, and each layer costs time
+
 _INDEX = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
 
@@ -49,9 +51,26 @@ class BaseModel:
         """How many layers it has.
 
         Raises:
+            ParaError: config.json does not say, or says what can't be.
+        """
+        layers = self.number("num_hidden_layers", "n_layer", "num_layers")
+        if layers > MOST_LAYERS:
+            raise ParaError(
+                f"'{self.folder / 'config.json'}' speaks of {layers} layers: give the folder of the base model"
+            )
+        return layers
+
+    def rows(self, projection: str) -> tuple[int, int]:
+        """Heads, and rows of a head, of an attention layer's ``q_proj`` or ``k_proj``.
+
+        Raises:
             ParaError: config.json does not say.
         """
-        return self.number("num_hidden_layers", "n_layer", "num_layers")
+        heads = self.number("num_attention_heads")
+        size = self.config.get("head_dim")
+        if type(size) is not int or size < 1:
+            size = self.number("hidden_size") // heads
+        return heads if projection == "q_proj" else self.number("num_key_value_heads", "num_attention_heads"), size
 
     def number(self, *keys: str) -> int:
         """The first of these settings that config.json has, a positive whole number."""

@@ -77,10 +77,8 @@ class GgufAdapter(Adapter[PeftSlot]):
         writer.add_string("para_ext", metadata)
         pairs = self.pairs(factors)
         for slot, A, B in pairs:
-            if interleaved and slot.name.endswith(".q_proj"):
-                B = _interleaved(B, self.base.number("num_attention_heads"))
-            elif interleaved and slot.name.endswith(".k_proj"):
-                B = _interleaved(B, self.base.number("num_key_value_heads", "num_attention_heads"))
+            if interleaved and (projection := slot.name.rpartition(".")[2]) in ("q_proj", "k_proj"):
+                B = _interleaved(B, self.base.rows(projection)[0])
             for target, (a, b) in zip(self.targets[slot.name], _pairs(slot, A, B), strict=True):
                 for which, array in (("a", a), ("b", b)):
                     _add(gguf, writer, f"{target}.weight.lora_{which}", np.ascontiguousarray(array))
@@ -123,6 +121,7 @@ def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
             taken.add(target)
         if (len(slot.members) > 1 and not slot.experts) or slot.A.ndim > 2:
             raise ParaError(f"module '{slot.name}' is no linear layer, which the target gguf needs: use target='peft'")
+        _check_heads(slot, base)
         if base.tied and targets[slot.name][0] in ("token_embd", "output"):
             raise ParaError(
                 f"module '{slot.name}' shares its weight with another in '{base.folder}', and llama.cpp stops at an "
@@ -164,11 +163,21 @@ def _pairs(slot: PeftSlot, A: NDArray[Any], B: NDArray[Any]) -> list[Pair]:
     return [(a, b)]
 
 
+def _check_heads(slot: PeftSlot, base: BaseModel) -> None:
+    """The base's heads must make up B's rows: another model of the same names would order them otherwise."""
+    projection = slot.name.rpartition(".")[2]
+    if projection in ("q_proj", "k_proj") and _ARCHITECTURES[base.kind][1]:
+        (heads, size), rows = base.rows(projection), slot.B.shape[0]
+        if heads * size != rows or size % 2:
+            raise ParaError(
+                f"module '{slot.name}' has {rows} rows, but '{base.folder}' has {heads} heads of {size}: give the base "
+                "model of this adapter by base="
+            )
+
+
 def _interleaved(B: NDArray[Any], heads: int) -> NDArray[Any]:
     """B [out, r] with its rows (head, half, i) in the order (head, i, half)."""
     out, r = B.shape
-    if out % (2 * heads):
-        raise ParaError(f"{out} rows do not make {heads} heads: give the base model of this adapter by base=")
     return B.reshape(heads, 2, out // heads // 2, r).swapaxes(1, 2).reshape(out, r)
 
 

@@ -210,7 +210,7 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
             raise ParaError(f"'{weights}': tensor {key!r} looks like {what} but is no part of a LoRA pair; remove it")
     notes = []
     if any(slot.stem + _MID in tensors for slot in slots):
-        notes.append("Convolutions with a lora_mid are written without it, as plain ones of the same ΔW.")
+        notes.append("Convolutions with a lora_mid are written without it, as plain ones of the same ΔW in float32.")
     if not alphas and not settings and slots[0].style.name == "loralib":
         notes.append(
             "The file holds no alpha: give every layer the rank of its tensors and an alpha that keeps the old alpha/r."
@@ -289,8 +289,8 @@ def _pairs(tensors: Mapping[str, NDArray[Any]], file: Path) -> tuple[list[KeyedS
 
 
 def _absorbed(stem: str, down: NDArray[Any], mid: NDArray[Any]) -> NDArray[Any]:
-    """A [r, in, k, k] of a convolution kept as down [q, in, 1, 1] and mid [r, q, k, k] (LyCORIS: a Tucker form)."""
-    if mid.ndim != 4 or down.ndim != 4 or mid.shape[1] != down.shape[0] or down.shape[2:] != (1, 1):
+    """A [r, in, k, k] of a convolution kept as down [r, in, 1, 1] and mid [r, r, k, k] (LyCORIS: a Tucker form)."""
+    if mid.ndim != 4 or down.ndim != 4 or set(mid.shape[:2]) != {len(down)} or down.shape[2:] != (1, 1):
         raise ParaError(
             f"module '{stem}': lora_mid is {list(mid.shape)} and lora_down {list(down.shape)}, which do not fit; "
             "save the adapter again"

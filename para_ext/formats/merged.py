@@ -115,7 +115,8 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
                 "base model of this adapter"
             )
         saved[name] = tensor
-    flipped = bool(adapter.config.get("fan_in_fan_out")) or base.kind in _CONV1D
+    # Of a model that is not listed, fan_in_fan_out speaks of some layer: PEFT asks each one's class.
+    flipped = True if base.kind in _CONV1D else None if adapter.config.get("fan_in_fan_out") else False
     pieces: dict[str, Piece] = {}
     for slot in adapter.slots:
         found = _pieces(slot, base, shapes, flipped)
@@ -204,7 +205,9 @@ def _first(names: Sequence[str], there: Mapping[str, Any]) -> str:
     return next((name for name in names if name in there), "")
 
 
-def _pieces(slot: PeftSlot, base: BaseModel, shapes: Mapping[str, tuple[int, ...]], flipped: bool) -> dict[str, Piece]:
+def _pieces(
+    slot: PeftSlot, base: BaseModel, shapes: Mapping[str, tuple[int, ...]], flipped: bool | None
+) -> dict[str, Piece]:
     """Where in the base the slot's ΔW goes; empty where nothing fits."""
     names = _candidates(slot.name if slot.experts else f"{slot.name}.weight", base.kind)
     if key := _first(names, shapes):
@@ -239,8 +242,12 @@ def _of_experts(
     return pieces if fits else {}
 
 
-def _fits(slot: PeftSlot, shape: tuple[int, ...], flipped: bool) -> bool | None:
-    """Whether the weight of this shape is ΔW's transpose; None where it is neither, or could be either."""
+def _fits(slot: PeftSlot, shape: tuple[int, ...], flipped: bool | None) -> bool | None:
+    """Whether the weight of this shape is ΔW's transpose; None where it is neither, or could be either.
+
+    Args:
+        flipped: whether plain layers keep weights transposed; None where the shape must tell.
+    """
     out, rest = slot.B.shape[0], slot.A.shape[1:]
     if slot.embedding:
         return True if shape == (*rest, out) else None
@@ -248,6 +255,7 @@ def _fits(slot: PeftSlot, shape: tuple[int, ...], flipped: bool) -> bool | None:
         m, n = slot.members[0].m, slot.members[0].n
         either: dict[tuple[int, ...], bool] = {(len(slot.members), m, n): False, (len(slot.members), n, m): True}
         return either.get(shape) if m != n else None
-    if flipped:
-        return True if shape == (*rest, out) else None
-    return False if shape == (out, *rest) else None
+    found: dict[tuple[int, ...], bool] = {(out, *rest): False, (*rest, out): True}
+    if flipped is None:
+        return found.get(shape) if len(found) == 2 else None
+    return flipped if shape == ((*rest, out) if flipped else (out, *rest)) else None

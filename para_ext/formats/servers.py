@@ -21,6 +21,7 @@ from ..factors import LoraFactors
 from ..naming import module_type
 from . import names
 from .adapter import Filled
+from .base import MOST_LAYERS
 from .peft import PeftAdapter, PeftSlot
 
 UNIFORM_RANKS = (8, *range(16, 513, 16))
@@ -207,6 +208,8 @@ def _missing(slots: Sequence[PeftSlot], layers: int | None) -> list[PeftSlot]:
     for (stack, rest), present in kinds.items():
         # config.json counts the layers of the language model; other stacks (a vision tower) have their own number.
         last = layers if layers is not None and len(stacks) == 1 else max(stacks[stack]) + 1
+        if last > MOST_LAYERS:
+            raise ParaError(f"module '{stack}{last - 1}.{rest}' is of more layers than models have: is its name right?")
         for layer in range(last):
             if layer in present:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
         slots.append(
             PeftSlot(name=name, path=PREFIX + name, A=slot.A, B=slot.B, embedding=slot.embedding, members=slot.members)
         )
+    _check_distinct(adapter, [slot.name for slot in slots], target)
     rank = max(slot.A.shape[0] for slot in slots)
     config = {
         "peft_type": "LORA",
@@ -193,6 +194,9 @@ def _merged(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
     return for_merging(as_peft(adapter, "merged"), wish.model("merged", weights=True), wish.progress)
 
 
+BASED = frozenset({"gguf", "merged", "mlx", "uniform"})
+"""Targets that read the base model, where it is given or must be."""
+
 TARGETS: Mapping[str, Callable[[Adapter[Any], Wish], Adapter[Any]]] = {
     "peft": _peft,
     "vllm": _vllm,
@@ -235,7 +239,20 @@ def _pipeline(adapter: Adapter[Any], target: str) -> list[tuple[Slot, str]]:
                 "target='diffusers'"
             )
         pipeline.append((slot, name))
+    _check_distinct(adapter, [name for _, name in pipeline], target)
     return pipeline
+
+
+def _check_distinct(adapter: Adapter[Any], there: Sequence[str], target: str) -> None:
+    """Two of the adapter's modules must not be one where their names are those of the target."""
+    first: dict[str, str] = {}
+    for slot, name in zip(adapter.slots, there, strict=True):
+        known = slot.stem if isinstance(slot, KeyedSlot) else slot.name
+        if first.setdefault(name, known) != known:
+            raise ParaError(
+                f"modules '{first[name]}' and '{known}' of '{adapter.path}' would both be '{name}' for the target "
+                f"{target}: leave one of them out"
+            )
 
 
 def _check_names(adapter: Adapter[Any], target: str) -> None:
