@@ -51,7 +51,8 @@ class OnTerminal:
         ours, theirs = pty.openpty()
         # A job in the background of a script ignores SIGINT, and its children do.
         start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        start += "from para_ext.cli import main; main()"
+        start += "from para_ext import cli, decomposition\n"
+        start += "decomposition._FIRST_STEP = 1 << 24; cli.main()"  # several steps, as of an adapter of gigabytes
         self.process = subprocess.Popen(
             [sys.executable, "-c", start, *map(str, arguments)],
             stdout=subprocess.PIPE, stderr=theirs, stdin=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"},
