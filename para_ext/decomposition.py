@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("cpu", "cuda", "torch")
 
-_FIRST_STEP = 32 << 20  # bytes of factors for each thread
+_FIRST_STEP = 256 << 20  # bytes of factors: smaller adapters are not worth a second step
 _STEP_SECONDS = 0.5
 _LANES = 8  # the native core decomposes so many modules at once
 
@@ -105,10 +105,10 @@ class Decomposition:
         if device_of(self.factors[members[0]].B) != "cpu":
             yield members  # a GPU waits for nothing that would be worth a step
             return
-        start, step = 0, float(_FIRST_STEP * self.threads)
+        start, step = 0, float(_FIRST_STEP)
         while start < len(members):
             end, size = start, 0
-            while end < len(members) and (size < step or (end - start) % (_LANES * self.threads)):
+            while end < len(members) and (size <= step or (end - start) % (_LANES * self.threads)):
                 size += self.factors[members[end]].bytes
                 end += 1
             began = time.perf_counter()

@@ -456,13 +456,18 @@ def test_no_space_left(run: Run, adapter: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
 def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """Nor does another, which comes while what was written is removed."""
     adapter = write_adapter(tmp_path / "adapter")
     code = (
-        "import os, signal, sys\n"
+        "import os, shutil, signal, sys\n"
         "from para_ext import cli\n"
         "from para_ext.formats import output\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's children ignore it
+        "def again(*arguments, remove=shutil.rmtree, **more):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    remove(*arguments, **more)\n"
         "output._flush = lambda folder: os.kill(os.getpid(), signal.SIGINT)\n"
+        "shutil.rmtree = again\n"
         f"sys.argv = ['para-ext', 'compress', {str(adapter)!r}, {str(tmp_path / 'small')!r}]\n"
         "cli.main()\n"
     )

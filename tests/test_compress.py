@@ -20,6 +20,7 @@ from torch import Tensor
 
 import para_ext
 from para_ext import LoraFactors, ParaError
+from para_ext.arrays import as_tensor
 from para_ext.report import at_most, percent
 
 
@@ -186,6 +187,30 @@ def test_backends_agree(tmp_path: Path) -> None:
     assert reports[0].ranks == reports[1].ranks
     assert reports[0].error == pytest.approx(reports[1].error, rel=1e-4)
     assert distance(dense(tmp_path / "None"), dense(tmp_path / "torch")) < 1e-5 * reports[0].norm
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_steps_change_no_bit(monkeypatch: pytest.MonkeyPatch, backend: str | None) -> None:
+    """Work is cut by the clock where an adapter is large; ranks above 96 go to torch.linalg."""
+    modules = [
+        LoraFactors(f"{rank}.{name}", B, A, 0.5)
+        for rank in (8, 100)
+        for name, B, A in factors(layers=9, rank=rank, dtype=torch.float16)
+    ]
+
+    def results() -> tuple[int, list[tuple[float, ...]], list[Tensor]]:
+        decomposition = para_ext.decompose(modules, backend=backend, threads=1)
+        new = decomposition.truncate(decomposition.spectra.plan(keep=0.3))
+        sigma = [module.sigma for module in decomposition.spectra.modules]
+        return len(decomposition._parts), sigma, [as_tensor(x) for f in new for x in (f.B, f.A)]
+
+    whole, sigma, tensors = results()
+    monkeypatch.setattr("para_ext.decomposition._FIRST_STEP", 1)
+    monkeypatch.setattr("para_ext.decomposition._STEP_SECONDS", 0)
+    parts, same_sigma, same_tensors = results()
+    assert parts > whole + 3
+    assert same_sigma == sigma
+    assert all(torch.equal(x, y) for x, y in zip(tensors, same_tensors, strict=True))
 
 
 def test_components_equal_within_rounding_are_named() -> None:
