@@ -11,6 +11,7 @@
 # make evidence the paper's claim on real models: trains and measures what experiments/results/ lacks in build/, hours
 # make evidence-quick   measure one row of it anew, and say how far that is from the committed one
 # make evidence-docs    tables and figures in docs/ and README.md from experiments/results/
+# make docs     the API reference of the docstrings, in build/docs
 # make demo     fine-tune a LoRA on real data, compress it three ways, compare accuracies
 # make dev      an editable install in .venv, native core rebuilt by running it again
 
@@ -29,7 +30,7 @@ export PARA_EXT_NATIVE ?= ON
 export PARA_EXT_WERROR ?= ON
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test test-pure test-sanitizers test-runtimes runtimes-docs lint format cuda test-cuda-static cuda-static bench bench-peers demo evidence evidence-quick evidence-docs dev clean
+.PHONY: test test-pure test-sanitizers test-runtimes runtimes-docs lint format cuda test-cuda-static cuda-static bench bench-peers docs demo evidence evidence-quick evidence-docs dev clean
 
 test: $(VENV)/installed
 	PARA_EXT_REQUIRE_NATIVE=1 $(BIN)/pytest $(PYTEST_ARGS)
@@ -80,6 +81,9 @@ bench: $(VENV)/installed
 
 bench-peers: $(VENV)/installed
 	$(BIN)/pytest benches/bench_peers.py -q $(PYTEST_ARGS)
+
+docs: $(VENV)/installed
+	cd build && ../$(BIN)/pdoc -d google -o docs para_ext para_ext.plan
 
 demo: $(DEMO)/venv/installed
 	$(DEMO)/venv/bin/python -u examples/demo.py --out $(DEMO)

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callback import ParaCallback as ParaCallback
     from .compress import compress_adapter as compress_adapter
     from .compress import compress_model as compress_model
     from .compress import convert_adapter as convert_adapter
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .spectra import Spectra as Spectra
 
 __version__ = "0.1.0"
+SCHEMA = 1
+"""Of the JSON documents; it changes with the meaning or the absence of a field (docs/json.md)."""
 
 _HOMES = {
     "compress_adapter": "compress",
@@ -33,11 +36,12 @@ _HOMES = {
     "Decomposition": "decomposition",
     "ParaError": "errors",
     "LoraFactors": "factors",
+    "ParaCallback": "callback",
     "Plan": "plan",
     "Report": "report",
     "Spectra": "spectra",
 }
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["SCHEMA", "__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

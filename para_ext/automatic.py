@@ -51,7 +51,10 @@ def _dtype(spectra: Spectra) -> tuple[dict[str, Any], str]:
     factors = [slot for slot in spectra.layout.slots if slot.module is not None] if spectra.layout else []
     codes = {slot.dtype for slot in factors if slot.rank_axis is not None}
     if not codes:
-        raise ParaError("auto='dtype' needs to know the type that factors are stored in: give an adapter's files")
+        raise ParaError(
+            "auto='dtype' needs to know the type that factors are stored in, which no live model tells, nor do "
+            "gguf and merged: give energy, such as energy=0.99999"
+        )
     code = max(codes & UNIT_ROUNDOFFS.keys(), key=lambda c: DTYPE_BITS[c])
     # Rounding moves each number by up to u of it, uniformly: by u/√3 of ‖B‖ and of ‖A‖, so by about u·√(2/3)·‖ΔW‖.
     part = 2 / 3 * UNIT_ROUNDOFFS[code] ** 2

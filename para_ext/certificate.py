@@ -22,7 +22,6 @@ from .arrays import UNIT_ROUNDOFF, Array, as_tensor
 SAFETY = 30  # the customary threshold of LAPACK's own tests; the worst of ours stays below 3
 
 
-@torch.no_grad()
 def difference(B: Array, A: Array, scale: float, B2: Array, A2: Array) -> float:
     """An upper bound of ``‖scale·BA − B2·A2‖_F``, at most ``60·(r+k)·u·Σ_j ‖x_j‖‖y_j‖`` (u = 2⁻⁵³) above it.
 
@@ -35,16 +34,27 @@ def difference(B: Array, A: Array, scale: float, B2: Array, A2: Array) -> float:
         scale: any finite number.
         B2: [m, k] and A2: [k, n], any dtype and strides; k may be 0.
     """
+    return difference_and_norm(B, A, scale, B2, A2)[0]
+
+
+@torch.no_grad()
+def difference_and_norm(B: Array, A: Array, scale: float, B2: Array, A2: Array) -> tuple[float, float]:
+    """:func:`difference`, and :func:`norm` of the first pair from the same factorizations; inf both where one is.
+
+    The norm is right to within ``30·(r+k)·u·|scale|·Σ_j ‖b_j‖‖a_j‖``.
+    """
     B, A, B2, A2 = as_tensor(B), as_tensor(A), as_tensor(B2), as_tensor(A2)
     if not all(bool(t.isfinite().all()) for t in (B, A, B2, A2)):
-        return math.inf
+        return math.inf, math.inf
     X, Y, exponent = joined((B, A, scale), (B2, A2, -1.0))
     r, exact = B.shape[1], abs(math.frexp(scale)[0]) == 0.5
+    R_X, R_Y = triangle(X), triangle(Y)
+    whole = _ldexp(float(torch.linalg.matrix_norm(R_X[:, :r] @ R_Y[:, :r].mT)), exponent)
     if exact and torch.equal(X[:, :r], -X[:, r:]) and torch.equal(Y[:, :r], Y[:, r:]):
-        return 0.0
-    distance = torch.linalg.matrix_norm(triangle(X) @ triangle(Y).mT)
+        return 0.0, whole
+    distance = torch.linalg.matrix_norm(R_X @ R_Y.mT)
     floor = SAFETY * X.shape[1] * UNIT_ROUNDOFF * (X.norm(dim=0) @ Y.norm(dim=0))
-    return _ldexp(float(distance + floor), exponent)
+    return _ldexp(float(distance + floor), exponent), whole
 
 
 @torch.no_grad()

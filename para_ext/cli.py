@@ -5,106 +5,31 @@ from __future__ import annotations
 import gc
 import io
 import json
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any
 
 import click
 
-from . import __version__
+from . import SCHEMA, __version__, options
 from .errors import ParaError
+from .options import ADAPTER, arguments
+from .progress import bars, waiting
 from .whole_file import check_new, write_text
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 
-
-def part(text: str) -> float:
-    """A part of a whole, 0.95 or 95%."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise click.BadParameter(f"'{text}' is not a part from 0 to 1: give one like 0.95 or 95%")
-    return value
-
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
-_THREADS = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads to use; all CPUs, or OMP_NUM_THREADS, by default."
-)
-_BACKEND = click.option(
-    "--backend",
-    type=click.Choice(["cpu", "cuda", "torch"]),
-    help="Native core, CUDA kernels or plain PyTorch; by default the native one where the factors are.",
-)
-TARGETS = ["peft", "vllm", "uniform", "gguf", "trtllm", "mlx", "diffusers", "kohya", "merged"]
-_TARGETS = click.option(
-    "--target",
-    type=click.Choice(TARGETS),
-    multiple=True,
-    help="Who will read OUT; by default whoever reads ADAPTER's format. May be repeated.",
-)
-_BASE = click.option(
-    "--base", type=click.Path(path_type=Path), metavar="MODEL", help="The base model's folder, for gguf and merged."
-)
-_DTYPES = ["same", "fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
-
-
-def _budget_options(command: Command) -> Command:
-    """The options that `para_ext.plan.plan` takes, grouped as it documents them."""
-    options = [
-        click.option(
-            "--energy",
-            metavar="E",
-            help="Smallest global selection that keeps this part of Σσ². 0.95 without any budget or shaping.",
-        ),
-        click.option(
-            "--keep", metavar="F", multiple=True, help="Part of the LoRA parameters: 0.25 or 25%. May be repeated."
-        ),
-        click.option("--params", metavar="N", type=int, help="Number of LoRA parameters."),
-        click.option("--size", metavar="S", help="Bytes of the written file, all included: 32MiB, 500kB, 1000000."),
-        click.option("--total-rank", metavar="K", type=int, help="Number of rank-1 components in all."),
-        click.option("--threshold", metavar="T", type=float, help="Keep every singular value ≥ T."),
-        click.option("--rank", metavar="R", type=int, help="Uniform truncation: every module keeps its own top R."),
-        click.option(
-            "--auto",
-            type=click.Choice(["knee", "dtype"]),
-            help="A budget that follows from the adapter: the knee of its curve, or what storage rounding hides.",
-        ),
-        click.option(
-            "--dynamic-method",
-            type=click.Choice(["sv_ratio", "sv_cumulative", "sv_fro"]),
-            help="kohya's rules, each module by itself: σ > σ₁/X; Σσ ≥ X of its Σσ; √Σσ² ≥ X of its √Σσ² (0.9: 81 % "
-            "of the energy).",
-        ),
-        click.option("--dynamic-param", metavar="X", help="X of --dynamic-method."),
-        click.option(
-            "--layer-energy", metavar="E", help="PEFT's rule: every module keeps the fewest with E of its own Σσ²."
-        ),
-        click.option(
-            "--score",
-            type=click.Choice(["auto", "sigma", "density"]),
-            default="auto",
-            help="Order by σ or by σ²/(m+n); auto: density for energy, keep, params and size.",
-        ),
-        click.option("--min-rank", metavar="R", type=int, default=0, help="No module goes below this rank."),
-        click.option("--max-rank", metavar="R", type=int, help="No module goes above this rank."),
-        click.option("--multiple-of", metavar="Q", type=int, default=1, help="Ranks are multiples of Q."),
-        click.option("--allowed-ranks", metavar="R,R,…", help="Ranks are among these, or 0."),
-        click.option("--uniform", type=click.Choice(["all", "type"]), help="One rank for all modules, or per type."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=options.Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, "-V", "--version", prog_name="para-ext")
 def cli() -> None:
     """Compress trained LoRA adapters after training, without data.
+
+    ADAPTER is a folder, a file, or an id on the Hugging Face Hub: user/adapter, user/adapter@revision.
 
     \b
     Examples:
@@ -112,39 +37,44 @@ def cli() -> None:
       para-ext compress adapter/ small/                    keep 95 % of the energy
       para-ext compress adapter/ small/ --keep 25%         a quarter of the parameters
       para-ext verify adapter/ small/ --min-energy 0.9
+
+    Exit codes: 0 done, 1 refused or a bound violated, 2 wrong usage, 130 interrupted.
     """
 
 
 @cli.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=ADAPTER)
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw spectra and size-error curve (PNG)."
+    "--plot", type=click.Path(dir_okay=False), metavar="FILE", help="Draw spectra and size-error curve (PNG)."
 )
-@click.option("--spectra", type=click.Path(path_type=Path, dir_okay=False), help="Save what `plan` needs (JSON).")
-@_BACKEND
-@_THREADS
-@_JSON
+@click.option("--spectra", type=click.Path(dir_okay=False), metavar="FILE", help="Save what `plan` needs (JSON).")
+@options.backend
+@options.threads
+@options.as_json
 def inspect(
-    adapter: Path, plot: Path | None, spectra: Path | None, backend: str | None, threads: int | None, as_json: bool
+    adapter: str, plot: str | None, spectra: str | None, backend: str | None, threads: int | None, as_json: bool
 ) -> None:
-    """How compressible is ADAPTER? Spectra, and what each budget would keep; nothing is written."""
-    from . import inspection
+    """How compressible is ADAPTER? Spectra, and what each budget would keep; nothing is written.
 
-    with _progress(as_json) as say:
-        say("starting")
+    \b
+    Examples:
+      para-ext inspect adapter/
+      para-ext inspect user/adapter --spectra spectra.json --plot spectra.png
+    """
+    with waiting("starting"):
+        from . import inspection
         from .compress import decompose
-
-        say("decomposing")
-        decomposition = decompose(adapter, backend=backend, threads=threads)
+    with bars() as progress:
+        decomposition = decompose(adapter, backend=backend, threads=threads, progress=progress)
     if spectra is not None:
         decomposition.spectra.save(spectra)
     if plot is not None:
         from .plot import plot_spectra
 
-        plot_spectra(decomposition.spectra, plot, title=adapter.name)
+        plot_spectra(decomposition.spectra, Path(plot), title=Path(adapter).name)
     summary = inspection.inspect(decomposition.spectra)
     if as_json:
-        _print_json({"adapter": str(adapter), **summary.to_dict()})
+        _print_json(_document(source=adapter, **summary.to_dict()))
     else:
         from .tables import inspection_tables
 
@@ -152,192 +82,184 @@ def inspect(
 
 
 @cli.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@_budget_options
-@_TARGETS
-@_BASE
-@click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [same]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to work.  [auto]")
-@click.option("--dry-run", is_flag=True, help="Plan and report; write no adapter.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report as JSON.")
-@click.option("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
-@_BACKEND
-@_THREADS
-@_JSON
-def compress(
-    adapter: Path,
-    out: Path,
-    dtype: str,
-    report: Path | None,
-    as_json: bool,
-    keep: tuple[str, ...],
-    target: tuple[str, ...],
-    allowed_ranks: str | None,
-    **options: Any,
-) -> None:
-    """Compress ADAPTER, a folder or file, into the new folder or file OUT.
+@click.argument("adapter", type=ADAPTER)
+@click.argument("out", type=click.Path())
+@options.plan_options
+@options.targets
+@options.base
+@options.dtype
+@options.dry_run
+@options.balance
+@options.report
+@options.overwrite
+@options.device
+@options.backend
+@options.threads
+@options.as_json
+def compress(adapter: str, out: str, report: str | None, as_json: bool, **given: Any) -> None:
+    """Compress ADAPTER into the new folder or file OUT.
 
-    At most one budget of --energy, --keep, --params, --size, --total-rank, --threshold, --rank, --auto,
-    --dynamic-method, --layer-energy. Several --keep or --target values make OUT/keep-0.25, OUT/gguf … from one
-    decomposition.
+    Several --keep or --target values make OUT/keep-0.25, OUT/gguf … from one decomposition.
+
+    \b
+    Examples:
+      para-ext compress adapter/ small/ --keep 25%
+      para-ext compress style.safetensors small.safetensors --size 32MiB
+      para-ext compress user/adapter@v1 small/ --energy 0.9 --target vllm
+      para-ext compress adapter/ ladder/ --keep 50% --keep 25% --dry-run
     """
-    if report is not None:
-        check_new(report, (adapter, out), "--report", overwrite=options["overwrite"])
-    options = _familiar(options)
-    with _progress(as_json) as say:
-        say("starting")
+    _check_report(report, [adapter, out], given)
+    with waiting("starting"):
         from .compress import compress_adapter
-
-        result: Any = compress_adapter(
-            adapter,
-            out,
-            keep=_one_or_all(keep),
-            target=_one_or_all(target),
-            allowed_ranks=_ranks(allowed_ranks),
-            dtype=None if dtype == "same" else dtype,
-            progress=say,
-            **options,
-        )
+    with bars() as progress:
+        result: Any = compress_adapter(adapter, out, progress=progress, **arguments(given))
     _print_reports(result, as_json, report)
 
 
 @cli.command()
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER=WEIGHT…")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new folder or file.")
-@_budget_options
-@_TARGETS
-@_BASE
-@click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [the widest]")
-@click.option("--dry-run", is_flag=True, help="Plan and report; write no adapter.")
-@click.option("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
-@_BACKEND
-@_THREADS
-@_JSON
-def merge(
-    adapters: tuple[str, ...],
-    out: Path,
-    dtype: str,
-    as_json: bool,
-    keep: tuple[str, ...],
-    target: tuple[str, ...],
-    allowed_ranks: str | None,
-    **options: Any,
-) -> None:
+@click.argument("adapters", nargs=-1, required=True, type=ADAPTER, metavar="ADAPTER=WEIGHT…")
+@click.option("-o", "--out", type=click.Path(), required=True, help="The new folder or file.")
+@options.plan_options
+@options.targets
+@options.base
+@options.dtype
+@options.dry_run
+@options.balance
+@options.report
+@options.overwrite
+@options.device
+@options.backend
+@options.threads
+@options.as_json
+def merge(adapters: tuple[str, ...], out: str, report: str | None, as_json: bool, **given: Any) -> None:
     """Write a weighted sum of adapters as one, exact, or truncated where a budget is given.
 
     \b
-    Example:
-      para-ext merge style/=0.6 detail/=-0.4 -o both/ --keep 25%
+    Examples:
+      para-ext merge style/=0.6 detail/=-0.4 -o both/
+      para-ext merge style/=0.6 user/detail=-0.4 -o both/ --keep 25%
     """
-    options = _familiar(options)
-    with _progress(as_json) as say:
-        say("starting")
+    weights = options.weighted(adapters)
+    _check_report(report, [*weights, out], given)
+    with waiting("starting"):
         from .compress import merge_adapters
-
-        result = merge_adapters(
-            _weights(adapters),
-            out,
-            keep=_one_or_all(keep),
-            target=_one_or_all(target),
-            allowed_ranks=_ranks(allowed_ranks),
-            dtype=None if dtype == "same" else dtype,
-            progress=say,
-            **options,
-        )
-    _print_reports(result, as_json)
+    with bars() as progress:
+        result = merge_adapters(weights, out, progress=progress, **arguments(given))
+    _print_reports(result, as_json, report)
 
 
 @cli.command()
-@click.argument("spectra", type=click.Path(path_type=Path))
-@_budget_options
-@_JSON
-def plan(spectra: Path, as_json: bool, keep: tuple[str, ...], allowed_ranks: str | None, **options: Any) -> None:
-    """What `compress --dry-run` would say, from SPECTRA alone: a file that `inspect --spectra` wrote."""
+@click.argument("spectra", type=click.Path())
+@options.plan_options
+@options.as_json
+def plan(spectra: str, as_json: bool, keep: tuple[str, ...], **given: Any) -> None:
+    """What `compress --dry-run` would say, from SPECTRA alone: a file that `inspect --spectra` wrote.
+
+    \b
+    Examples:
+      para-ext plan spectra.json --keep 10%
+      para-ext plan spectra.json --energy 0.9 --max-rank 16
+    """
     from .compress import predict
     from .spectra import Spectra
 
-    options = {**_familiar(options), "allowed_ranks": _ranks(allowed_ranks)}
     loaded = Spectra.load(spectra)
-    reports = [predict(loaded, str(spectra), **options, keep=k) for k in keep or (None,)]
+    reports = [predict(loaded, spectra, **arguments(given), keep=k) for k in keep or (None,)]
     _print_reports(reports if len(keep) > 1 else reports[0], as_json)
 
 
 @cli.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("compressed", type=click.Path(path_type=Path), nargs=-1, metavar="[COMPRESSED]…")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The new file, of HTML."
-)
+@click.argument("adapter", type=ADAPTER)
+@click.argument("compressed", type=ADAPTER, nargs=-1, metavar="[COMPRESSED]…")
+@click.option("-o", "--out", type=click.Path(dir_okay=False), required=True, help="The new file, of HTML.")
 @click.option("--title", help="Of the page.  [ADAPTER's name]")
 @click.option("--overwrite", is_flag=True, help="Replace the file at OUT.")
-@_BACKEND
-@_THREADS
-@_JSON
-def report(out: Path, as_json: bool, **options: Any) -> None:
+@options.backend
+@options.threads
+@options.as_json
+def report(out: str, as_json: bool, **given: Any) -> None:
     """One HTML page, for any browser, offline: spectra, ranks, size and error at any budget, and certificates.
 
     ADAPTER may also be a file (.json) that `inspect --spectra` wrote. COMPRESSED are adapters made of it; one without a
     para_ext.json of its own is measured.
+
+    \b
+    Examples:
+      para-ext report adapter/ small/ -o report.html
+      para-ext report spectra.json -o report.html --title "My adapter"
     """
-    with _progress(as_json) as say:
-        say("starting")
+    with waiting("starting"):
         from .page import write_page
-
-        write_page(out, progress=say, **options)
+    with bars() as progress:
+        write_page(out, progress=progress, **given)
+    size = Path(out).stat().st_size
     if as_json:
-        _print_json({"output": str(out), "bytes": out.stat().st_size})
+        _print_json(_document(output=out, bytes=size))
     else:
-        click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, for any browser")
+        click.echo(f"{out}: {size / 1e6:.1f} MB, for any browser")
 
 
 @cli.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(TARGETS), required=True, help="Who will read OUT.")
-@_BASE
-@click.option("--dtype", type=click.Choice(_DTYPES), default="same", help="Of the new factors.  [same]")
-@click.option("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
-@_THREADS
-@_JSON
-def convert(adapter: Path, out: Path, dtype: str, as_json: bool, **options: Any) -> None:
-    """Write ADAPTER for another reader, without truncation."""
-    with _progress(as_json) as say:
-        say("starting")
+@click.argument("adapter", type=ADAPTER)
+@click.argument("out", type=click.Path())
+@options.target
+@options.base
+@options.dtype
+@options.report
+@options.overwrite
+@options.threads
+@options.as_json
+def convert(adapter: str, out: str, report: str | None, as_json: bool, **given: Any) -> None:
+    """Write ADAPTER for another reader, without truncation.
+
+    \b
+    Examples:
+      para-ext convert style.safetensors style-diffusers/ --target diffusers
+      para-ext convert adapter/ adapter.gguf --target gguf --base Llama-3-8B/
+    """
+    _check_report(report, [adapter, out], given)
+    with waiting("starting"):
         from .compress import convert_adapter
-
-        report = convert_adapter(adapter, out, dtype=None if dtype == "same" else dtype, progress=say, **options)
-    _print_reports(report, as_json)
+    with bars() as progress:
+        result = convert_adapter(adapter, out, progress=progress, **arguments(given))
+    _print_reports(result, as_json, report)
 
 
 @cli.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("compressed", type=click.Path(path_type=Path))
+@click.argument("adapter", type=ADAPTER)
+@click.argument("compressed", type=ADAPTER)
 @click.option(
-    "--max-error", type=part, metavar="E", help="Exit 1 if ‖ΔW − ΔW'‖_F / ‖ΔW‖_F may exceed this: 0.1 or 10%."
+    "--max-error", type=options.part, metavar="E", help="Exit 1 if ‖ΔW − ΔW'‖_F / ‖ΔW‖_F may exceed this: 0.1 or 10%."
 )
 @click.option(
-    "--min-energy", type=part, metavar="E", help="Exit 1 if less than this part of the energy may be kept: 0.95 or 95%."
+    "--min-energy",
+    type=options.part,
+    metavar="E",
+    help="Exit 1 if less than this part of the energy may be kept: 0.95 or 95%.",
 )
-@_THREADS
-@_JSON
+@options.threads
+@options.as_json
 def verify(
-    adapter: Path,
-    compressed: Path,
+    adapter: str,
+    compressed: str,
     max_error: float | None,
     min_energy: float | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure how far COMPRESSED is from ADAPTER, on both files as they are: the factors, not heads or biases."""
-    with _progress(as_json) as say:
-        say("importing PyTorch")
-        from .compress import verify as measure
+    """Measure how far COMPRESSED is from ADAPTER, on both files as they are: the factors, not heads or biases.
 
-        say("measuring")
-        result = measure(adapter, compressed, threads=threads)
+    \b
+    Examples:
+      para-ext verify adapter/ small/
+      para-ext verify user/adapter small/ --min-energy 95%
+    """
+    with waiting("importing PyTorch"):
+        from .compress import verify as measure
+    with bars() as progress:
+        result = measure(adapter, compressed, threads=threads, progress=progress)
     if as_json:
-        _print_json({"adapter": str(adapter), "compressed": str(compressed), **result.to_dict()})
+        _print_json(_document(source=adapter, compressed=compressed, **result.to_dict()))
     else:
         from .tables import verification_table
 
@@ -355,37 +277,44 @@ def verify(
 
 
 @cli.command()
-@_JSON
+@options.as_json
 def info(as_json: bool) -> None:
-    """Backends, ISA level, threads, and why CUDA is or is not available."""
-    from .installation import installation
+    """Backends, ISA level, threads, and why CUDA is or is not available.
 
-    facts = installation()
+    \b
+    Example:
+      para-ext info --json
+    """
+    with waiting("importing PyTorch"):
+        from .installation import installation
+
+        facts = installation()
     if as_json:
-        _print_json(facts)
+        _print_json(_document(**facts))
         return
-    for name, value in facts.items():
+    for name, value in {"para_ext": __version__, **facts}.items():
         text = ", ".join(value) if isinstance(value, list) else value
-        click.echo(f"{name:<16}{text}")
+        click.echo(f"{name.replace('_', ' ') if name in facts else name:<16}{text}")
 
 
 def main() -> None:
-    """Entry point: a refusal is one line on stderr and exit code 1."""
+    """Entry point: a refusal is one line on stderr and exit code 1, an interrupt one line and 128 + the signal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not turn a result into a traceback
     gc.disable()  # a short life, many objects: each search for cycles among all of PyTorch takes a tenth of a second
     try:
-        cli(standalone_mode=False)
+        with _stoppable():
+            cli(standalone_mode=False)
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
-    except click.Abort:
-        _fail("interrupted; nothing was left half-written", 130)
+    except _Stopped as stopped:
+        _fail("interrupted; nothing was left half-written", 128 + stopped.signal)
     except click.UsageError as error:
         error.show()
         sys.exit(error.exit_code)
     except (ParaError, click.ClickException) as error:
-        _fail(str(error), 1)
+        _fail(_with_options(str(error)), 1)
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; check the path and the permissions", 1)
@@ -398,76 +327,68 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _one_or_all(values: tuple[str, ...]) -> Any:
-    """A list of several values, one alone, or None."""
-    return list(values) if len(values) > 1 else values[0] if values else None
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came; not a KeyboardInterrupt, of which click makes a line of its own."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
-def _weights(adapters: tuple[str, ...]) -> dict[str | Path, float]:
-    weights: dict[str | Path, float] = {}
-    for text in adapters:
-        path, sign, weight = text.rpartition("=")
-        try:
-            value = float(weight)
-        except ValueError:
-            sign = ""
-        if not sign or not path:
-            raise click.UsageError(f"'{text}' is not ADAPTER=WEIGHT: write it like style/=0.6")
-        if Path(path) in weights:
-            raise click.UsageError(f"'{path}' is given twice: add its weights up")
-        weights[Path(path)] = value
-    return weights
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise _Stopped on SIGINT and SIGTERM, once: what cleans up then is not interrupted. Ignored ones stay so."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for handled in before:
+            signal.signal(handled, signal.SIG_IGN)
+        raise _Stopped(number)
+
+    before = {n: h for n in (signal.SIGINT, signal.SIGTERM) if (h := signal.getsignal(n)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _print_reports(result: Any, as_json: bool, file: Path | None = None) -> None:
+def _with_options(message: str) -> str:
+    """A message of the library with options where it names arguments: keep=0.25 is --keep 0.25, dtype= is --dtype."""
+    names = {str(p.name) for command in cli.commands.values() for p in command.params if isinstance(p, click.Option)}
+    value = r"True\b|'[^']*'|\[[^\]]*\]|[^\s,;:)]+"
+    argument = rf"(?<![\w'/.-])({'|'.join(sorted(names))})=({value})?"  # not within quotes: that is a path or a name
+
+    def option(found: re.Match[str]) -> str:
+        value = (found[2] or "").strip("'[]").replace(", ", ",")
+        return f"--{found[1].replace('_', '-')}" + (f" {value}" if value not in ("", "True") else "")
+
+    return re.sub(argument, option, message)
+
+
+def _check_report(report: str | None, adapters: Iterable[str | Path], given: dict[str, Any]) -> None:
+    if report is not None:
+        check_new(Path(report), map(Path, adapters), "report=", overwrite=given["overwrite"])
+
+
+def _print_reports(result: Any, as_json: bool, file: str | None = None) -> None:
     """One report or a list of them: as tables or JSON, and into a file."""
     document = [r.to_dict() for r in result] if isinstance(result, list) else result.to_dict()
     if file is not None:
-        write_text(file, json.dumps(document, indent=1) + "\n")
+        write_text(Path(file), json.dumps(document, indent=1) + "\n")
     if as_json:
         _print_json(document)
         return
     from .tables import report_table
 
     for r in result if isinstance(result, list) else [result]:
-        report_table(r)
+        report_table(replace(r, notes=tuple(map(_with_options, r.notes))))
 
 
-def _familiar(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with --dynamic-method and --dynamic-param as the budget that they name."""
-    method, parameter = options.pop("dynamic_method"), options.pop("dynamic_param")
-    if (method is None) != (parameter is None):
-        raise click.UsageError("--dynamic-method and --dynamic-param go together: give both")
-    return options if method is None else {**options, method: _number(parameter)}
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text  # a percentage
-
-
-def _ranks(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ParaError(f"--allowed-ranks '{text}' is not a list of whole numbers; write it like 4,8,16") from None
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Say on a terminal what is being done; nothing in a pipe."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    with Console(stderr=True).status("starting") as status:
-        yield lambda words: status.update(Text(f"{words} …"))
+def _document(**fields: Any) -> dict[str, Any]:
+    """A JSON document, as docs/json.md describes it."""
+    return {"schema": SCHEMA, "version": __version__, **fields}
 
 
 def _print_json(document: Any) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, Union, overload
 
@@ -19,12 +22,22 @@ from .backends import Truncated
 from .decomposition import Decomposition, checked_threads, cuda_backend
 from .errors import ParaError, shown
 from .factors import LoraFactors
-from .formats import FILE_SUFFIXES, Adapter, Wish, housed, read_adapter
+from .formats import BASED, FILE_SUFFIXES, Adapter, Filled, Wish, housed, read_adapter
 from .formats.flux import parts
 from .formats.names import matched
 from .layout import FileLayout
 from .plan import BUDGETS, DEFAULT_ENERGY, Plan
-from .report import GOOD_ENERGY, LOW_ENERGY, Report, megabytes, module_reports, percent, undecided_components
+from .progress import Meter, Progress
+from .report import (
+    GOOD_ENERGY,
+    LOW_ENERGY,
+    Report,
+    megabytes,
+    module_reports,
+    percent,
+    stored,
+    undecided_components,
+)
 from .spectra import Spectra
 from .verification import Verification, compare
 
@@ -33,7 +46,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Source = Union[str, Path, "nn.Module", Iterable[LoraFactors]]
-Progress = Callable[[str], None]
 
 # The text that the safetensors header gets takes this many bytes there, so that `size` budgets can count it beforehand.
 HEADER_TEXT = 512
@@ -48,17 +60,21 @@ def decompose(
     backend: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Decomposition:
     """Decompose every module's ΔW = scale·B·A, without forming it.
 
     Args:
-        source: an adapter's folder or file, a live model with LoRA layers, or LoraFactors.
+        source: an adapter's folder or file, or its id on the Hugging Face Hub (see :func:`compress_adapter`); a live
+            model with LoRA layers; or LoraFactors.
         adapter_name: of a live model's adapters; the active one if None.
         backend: "cpu" or "cuda" (native, where the factors are) or "torch"; the fastest that is installed and takes the
             factors if None.
         device: where to work on an adapter folder: "cpu", "cuda" or "auto", which is "cuda" for that backend only.
         threads: how many to use; if None, ``torch.get_num_threads()`` where PyTorch is loaded, otherwise
             OMP_NUM_THREADS or the CPUs of this process. Results don't depend on it.
+        progress: called as ``progress(words, done, total)``: a few words on the stage, its bytes that are done and all
+            of them. A stage begins with 0 bytes done and ends when all are (0 of 0: its length is unknown).
 
     Returns:
         A Decomposition. Its ``factors`` are, of a folder, numpy arrays over the mapped file (bfloat16 by ml_dtypes);
@@ -73,13 +89,13 @@ def decompose(
 
         factors: Iterable[LoraFactors] = read_model(source, adapter_name).factors
     elif isinstance(source, str | Path):
-        adapter = read_adapter(Path(source))
+        adapter = read_adapter(source)
         factors, layout = _moved(adapter.factors, device, backend), adapter.layout(None, " " * HEADER_TEXT)
     elif isinstance(source, Iterable):
         factors = source
     else:
         raise ParaError(f"a {type(source).__name__} cannot be decomposed; give a folder, a model, or LoraFactors")
-    decomposition = Decomposition(factors, backend, threads)
+    decomposition = Decomposition(factors, backend, threads, progress)
     decomposition.spectra = Spectra(decomposition.spectra.modules, layout)
     return decomposition
 
@@ -88,19 +104,26 @@ def compress_model(
     model: nn.Module,
     *,
     adapter_name: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     dtype: torch.dtype | str | None = None,
+    balance: str = "even",
     backend: str | None = None,
     threads: int | None = None,
     **budget: Any,
 ) -> Report:
     """Compress the LoRA layers of a live model in place; on an error the model is as it was.
 
-    Build the optimizer afterwards: the factors are new parameters. ``save_pretrained`` then writes the small adapter.
+    ``save_pretrained`` then writes the small adapter. To train on, give the optimizer here or build it afterwards: the
+    factors are new parameters.
 
     Args:
         model: a PeftModel, or any module with LoRA layers (loralib style too).
         adapter_name: which adapter; the active one if None.
+        optimizer: gets the new parameters in the place of the old ones; its moments (Adam's, SGD's) are carried over as
+            :mod:`para_ext.optimizer` says.
         dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
+        balance: "even" puts √σ on both factors and leaves those alone whose rank does not change; "A" or "B" puts all
+            of σ on that one, so that the other's rows or columns are orthonormal.
         backend, threads: as for :func:`decompose`.
         **budget: at most one of ``energy=0.95`` (the default), ``keep=0.25``, ``params=10**6``, ``total_rank=500``,
             ``threshold=0.1``, ``rank=8``; with ``score="auto"|"sigma"|"density"`` and shaping by ``min_rank``,
@@ -116,12 +139,17 @@ def compress_model(
             f"compress_model takes a live model, not a {type(model).__name__}; for a folder use compress_adapter"
         )
     from .models import read_model
+    from .optimizer import carry_over, check_optimizer
 
+    if optimizer is not None:
+        check_optimizer(optimizer)
     live = read_model(model, adapter_name)
     decomposition = Decomposition(live.factors, backend, threads)
     plan = decomposition.spectra.plan(**budget)
-    new = decomposition.truncate_certified(plan, dtype)
-    live.replace(decomposition.named(new))
+    new = decomposition.truncate_certified(plan, dtype, balance=balance)
+    exchanges = live.replace(decomposition.named(new))
+    if optimizer is not None:
+        carry_over(optimizer, exchanges)
     return _report(
         decomposition.spectra, plan, new, source=type(model).__name__, start=start, decomposition=decomposition
     )
@@ -148,6 +176,7 @@ def compress_adapter(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    balance: str = "even",
     keep: float | str | list[float | str] | None = None,
     **budget: Any,
 ) -> Report | list[Report]:
@@ -155,20 +184,22 @@ def compress_adapter(
 
     Args:
         source: an adapter's folder or file, recognised by what is in it: PEFT, kohya, diffusers, ComfyUI, cloneofsimo,
-            loralib, MLX. It is never changed.
+            loralib, MLX. It is never changed. Or, as a str, its id on the Hugging Face Hub, with the extra ``hub``
+            installed: "user/adapter", "user/adapter@revision" for a branch, tag or commit,
+            "user/adapter/file.safetensors" for one file among several. What is on the disk under that name goes first.
         out: the folder to make, or for formats of a single file that file (``small.safetensors``, ``small.gguf``); it
             is there whole or not at all. With several ``keep`` values, the folder for one folder each:
             ``out/keep-0.25`` and so on.
         target: who will read it: "peft", "vllm", "uniform", "gguf", "trtllm", "mlx", "diffusers", "kohya" or "merged";
             None keeps the source's own format. All have the scaling folded in, each as its readers apply it. Of a list
             of them each gets a folder of its name in ``out``; one decomposition serves all.
-        base: the base model's folder, which "gguf" and "merged" need; "uniform" and "mlx" learn from it how many
-            layers there are.
+        base: the base model's folder, or its id on the Hub, which "gguf" and "merged" need; "uniform" and "mlx" learn
+            from it how many layers there are.
         dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
         overwrite: replace an adapter that is at ``out``.
         dry_run: plan and report, write nothing; errors in the report are then the predicted ones.
-        backend, device, threads: as for :func:`decompose`.
-        progress: called with a few words when a stage starts.
+        backend, device, threads, progress: as for :func:`decompose`.
+        balance: as for :func:`compress_model`.
         keep: the budget of that name, or several: one decomposition serves all.
         **budget: another budget, score and shaping, as for :func:`compress_model`, and ``size="32MiB"``: bytes of the
             written safetensors file.
@@ -179,8 +210,8 @@ def compress_adapter(
     Raises:
         ParaError: refused, naming what and why; nothing was written (of several outputs, none after the failing one).
     """
-    job = _Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress)
-    reports = _rewrite(read_adapter(Path(source)), str(source), Path(out), _budgets(keep, budget), job)
+    job = _Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress, balance)
+    reports = _rewrite(read_adapter(source), str(source), Path(out), _budgets(keep, budget), job)
     return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
 
 
@@ -204,7 +235,7 @@ def convert_adapter(
         ParaError: refused, naming what and why; nothing was written.
     """
     job = _Job(target, base, dtype, overwrite, threads=threads, progress=progress)
-    return _rewrite(read_adapter(Path(source)), str(source), Path(out), _everything, job)[0]
+    return _rewrite(read_adapter(source), str(source), Path(out), _everything, job)[0]
 
 
 def merge_adapters(
@@ -217,18 +248,21 @@ def merge_adapters(
     overwrite: bool = False,
     dry_run: bool = False,
     backend: str | None = None,
+    device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    balance: str = "even",
     keep: float | str | list[float | str] | None = None,
     **budget: Any,
 ) -> Report | list[Report]:
     """Write the weighted sum of adapters as one adapter, truncated where a budget is given.
 
     Args:
-        sources: folders or files of one format, and their weights: ``{"a/": 0.6, "b/": -0.4}``; ranks, alphas and
-            scalings may differ.
+        sources: folders, files or ids of one format, and their weights: ``{"a/": 0.6, "b/": -0.4}``; ranks, alphas
+            and scalings may differ.
         dtype: of the new factors; the widest of the sources' if None.
-        out, target, base, overwrite, dry_run, backend, threads, progress, keep, budget: as for
+        out, target, base, overwrite, dry_run, backend, device, threads, progress, balance, keep, budget:
+            as for
             :func:`compress_adapter`; without any budget or shaping nothing is truncated.
 
     Raises:
@@ -236,14 +270,16 @@ def merge_adapters(
     """
     from .merging import merged, widest
 
-    adapters = [(read_adapter(Path(source)), float(weight)) for source, weight in sources.items()]
+    adapters = [(read_adapter(source), float(weight)) for source, weight in sources.items()]
     if len(adapters) < 2:
         raise ParaError("one adapter alone is not merged: give two or more, as a=0.6 b=0.4")
     dtype = dtype or widest(adapter for adapter, _ in adapters)
-    job = _Job(target, base, dtype, overwrite, dry_run, backend, "auto", threads, progress)
-    label = " + ".join(f"{weight:g} × {adapter.path}" for adapter, weight in adapters)
+    job = _Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress, balance)
+    label = " + ".join(f"{weight:g} × {source}" for source, weight in sources.items())
     plans = _budgets(keep, budget) if keep is not None or _given(budget) else _everything
-    reports = _rewrite(merged(adapters), label, Path(out), plans, job)
+    summed = merged(adapters)
+    summed = replace(summed, notes=(*summed.notes, f"A weighted sum: {label}."))
+    reports = _rewrite(summed, label, Path(out), plans, job)
     return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
 
 
@@ -279,11 +315,8 @@ class _Job:
     device: str = "auto"
     threads: int | None = None
     progress: Progress | None = None
+    balance: str = "even"
     start: float = field(default_factory=time.perf_counter)
-
-    def say(self, words: str) -> None:
-        if self.progress is not None:
-            self.progress(words)
 
 
 class _Planned(NamedTuple):
@@ -352,23 +385,33 @@ class _Output:
     planned: _Planned
     out: Path
 
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor file, if that is of safetensors; otherwise near those of the new factors."""
+        plan = self.planned.plan
+        if self.layout is not None:
+            return self.layout.bytes(plan.ranks)
+        return self.decomposition.bytes * plan.parameters_after // plan.parameters_before
+
 
 def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Job) -> list[Report]:
     """Decompose once, plan for every target, truncate and write each plan."""
     code = checked_dtype(job.dtype)
     targets = job.target if isinstance(job.target, list) else [job.target]
-    wish = Wish(None if job.base is None else Path(job.base))
+    if job.base is not None and not BASED & set(targets):
+        raise ParaError(
+            f"base is read for {', '.join(sorted(BASED))} only, and none of these is a target: leave it out"
+        )
+    wish = Wish(job.base, job.progress)
     housed_for = {target: housed(source, target, wish) for target in targets}
-    with ThreadPoolExecutor(1) as hasher:  # hashlib releases the GIL, so reading the file twice overlaps with work
-        digest = hasher.submit(_sha256, source.weights)
+    with _hashed(source.weights) as digest:
         decompositions: dict[tuple[int, ...], Decomposition] = {}
         outputs: list[_Output] = []
         for target, adapter in housed_for.items():
             key = tuple(map(id, adapter.factors))  # most targets take the source's own
             if key not in decompositions:
-                job.say(f"decomposing {len(adapter.factors)} modules")
                 moved = _moved(adapter.factors, job.device, job.backend)
-                decompositions[key] = Decomposition(moved, job.backend, job.threads)
+                decompositions[key] = Decomposition(moved, job.backend, job.threads, job.progress)
             layout = adapter.layout(code, " " * HEADER_TEXT)
             spectra = Spectra(decompositions[key].spectra.modules, layout)
             try:
@@ -389,15 +432,43 @@ def _rewrite(source: Adapter[Any], label: str, out: Path, plans: Plans, job: _Jo
                 if not job.dry_run:
                     adapter.check_out(path, overwrite=job.overwrite)
                 outputs.append(_Output(adapter, decompositions[key], layout, target, planned, path))
-        return [_written(output, label, digest, code, job) for output in outputs]
+        if job.dry_run:
+            return [_reported(output, None, label, job) for output in outputs]
+        return _written(outputs, label, digest, code, job)
 
 
-def _written(output: _Output, label: str, digest: Future[str], code: str | None, job: _Job) -> Report:
-    """Truncate and write one output, unless the run is a dry one; its report."""
-    adapter, plan, new = output.adapter, output.planned.plan, None
-    if not job.dry_run:
-        job.say(f"truncating for {output.out}")
-        new = output.decomposition.truncate_certified(plan, code, adapter.gains(plan.ranks))
+def _written(outputs: Sequence[_Output], label: str, digest: Future[str], code: str | None, job: _Job) -> list[Report]:
+    """Truncate and write all outputs, in order: while one is written, the next one is truncated."""
+    meter = Meter(job.progress, "truncating", sum(o.decomposition.bytes + o.size for o in outputs))
+    reports: list[Report] = []
+
+    def collect(write: Callable[[], Report], size: int) -> None:
+        reports.append(write())
+        meter.add(size)
+
+    with ThreadPoolExecutor(1) as aside:
+        pending: tuple[Callable[[], Report], int] | None = None
+        for output in outputs:
+            meter.add(0, f"truncating for {output.out}")
+            gains = output.adapter.gains(output.planned.plan.ranks)
+            new = output.decomposition.truncate_certified(output.planned.plan, code, gains, job.balance, meter)
+            report = replace(_reported(output, new, label, job), output=str(output.out))
+            if pending is not None:
+                collect(*pending)
+            meter.add(0, f"writing {output.out}")
+            write = partial(_write, output, new, report, digest, code, job.overwrite)
+            # The last one here, so that an interrupt need not wait for its end; likewise a whole model.
+            if output is outputs[-1] or output.layout is None:
+                collect(write, output.size)
+                pending = None
+            else:
+                pending = aside.submit(write).result, output.size
+    return reports
+
+
+def _reported(output: _Output, new: Sequence[Truncated] | None, label: str, job: _Job) -> Report:
+    """What is to be said of an output before it is written; without new factors, of a dry run."""
+    adapter, plan = output.adapter, output.planned.plan
     report = _report(
         output.decomposition.spectra,
         plan,
@@ -408,12 +479,7 @@ def _written(output: _Output, label: str, digest: Future[str], code: str | None,
         truncates=output.planned.truncates,
     )
     report = _with_sizes(report, adapter, output.layout.bytes(plan.ranks) if output.layout else None)
-    report = replace(report, target=output.target, notes=(*adapter.notes, *output.planned.notes, *report.notes))
-    if new is None:
-        return report
-    job.say(f"writing {output.out}")
-    report = replace(report, output=str(output.out))
-    return _write(adapter, output.decomposition, new, output.out, report, digest, code, job.overwrite)
+    return replace(report, target=output.target, notes=(*adapter.notes, *output.planned.notes, *report.notes))
 
 
 def _given(budget: Mapping[str, Any]) -> set[str]:
@@ -437,23 +503,28 @@ def verify(
     compressed: str | Path | Iterable[LoraFactors],
     *,
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Measure ‖ΔW − ΔW'‖_F between two adapters of one base, module by module, on the tensors as they are stored.
 
     Formats, ranks and scalings may differ. Only the factors are compared: not heads, biases, or DoRA's magnitudes.
 
+    Args:
+        adapter, compressed: folders, files or ids, as for :func:`compress_adapter`, or LoraFactors.
+        threads, progress: as for :func:`decompose`.
+
     Raises:
         ParaError: one cannot be read, or they are not of the same base.
     """
     left, right = (
-        tuple(read_adapter(Path(x)).factors) if isinstance(x, str | Path) else tuple(x) for x in (adapter, compressed)
+        tuple(read_adapter(x).factors) if isinstance(x, str | Path) else tuple(x) for x in (adapter, compressed)
     )
     named = matched([f.name for f in left], [f.name for f in right])
     ours, theirs = {f.name for f in left}, set(named.values())
     if ours - theirs and theirs - ours:  # modules that are one layer in one of them may be several in the other
         left, right = (tuple(part for f in factors for part in parts(f)) for factors in (left, right))
         named = matched([f.name for f in left], [f.name for f in right])
-    return compare(left, [replace(f, name=named[f.name]) for f in right], checked_threads(threads))
+    return compare(left, [replace(f, name=named[f.name]) for f in right], checked_threads(threads), progress)
 
 
 def _is_model(source: object) -> TypeGuard[nn.Module]:
@@ -508,7 +579,7 @@ def _report(
         if plan.parameters_after >= plan.parameters_before:
             notes.append(
                 f"Nothing is saved: one rank for all is {max(plan.ranks.values())} here. For a reader that takes any "
-                "rank, allow smaller ones: --allowed-ranks 1,2,4,6.",
+                "rank, allow smaller ones: allowed_ranks=[1, 2, 4, 6].",
             )
     if plan.budget is None and truncates:
         notes.append("No budget was given, so everything that the shaping allows is kept; energy=0.95 is a good one.")
@@ -542,7 +613,7 @@ def _better(spectra: Spectra, plan: Plan) -> str:
     fraction = -(-better.parameters_after * 1000 // better.parameters_before) / 1000
     if plan.score == "sigma" and plan.budget in ("keep", "params", "size"):
         return f"energy={GOOD_ENERGY:g} would take {fraction:.1%} of the parameters"
-    return f"--keep {fraction:g} would give {GOOD_ENERGY:.0%}"
+    return f"keep={fraction:g} would give {GOOD_ENERGY:.0%}"
 
 
 def _with_sizes(report: Report, adapter: Adapter[Any], size: int | None) -> Report:
@@ -554,15 +625,14 @@ def _with_sizes(report: Report, adapter: Adapter[Any], size: int | None) -> Repo
 
 
 def _write(
-    adapter: Adapter[Any],
-    decomposition: Decomposition,
+    output: _Output,
     new: Sequence[Truncated],
-    folder: Path,
     report: Report,
     digest: Future[str],
     code: str | None,
     overwrite: bool,
 ) -> Report:
+    """Write the new factors; the report with what is known afterwards."""
     header = {
         "version": __version__,
         "source_sha256": digest.result(),
@@ -575,18 +645,33 @@ def _write(
     }
     text = json.dumps(header)
     text = text.ljust(HEADER_TEXT - text.count('"'))  # the header escapes quotes
-    sidecar = {"source_sha256": digest.result(), **report.to_dict()}
-    factors = decomposition.named(new)
-    written = adapter.write(folder, factors, metadata=text, sidecar=sidecar, code=code, overwrite=overwrite)
+    factors = output.decomposition.named(new)
+
+    def sidecar(filled: Filled) -> Mapping[str, Any]:
+        return {"source_sha256": digest.result(), **stored(report, filled.rounding).to_dict()}
+
+    written = output.adapter.write(output.out, factors, metadata=text, sidecar=sidecar, code=code, overwrite=overwrite)
+    report = stored(report, written.filled.rounding)
     notes = report.notes
     if written.left_out:
         notes += (f"Not copied: {', '.join(written.left_out)}.",)
-    return replace(report, bytes_after=written.size, notes=(*notes, *written.notes))
+    return replace(report, bytes_after=written.size, notes=(*notes, *written.filled.notes))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+@contextmanager
+def _hashed(path: Path) -> Iterator[Future[str]]:
+    """The file's SHA-256, found meanwhile: hashlib releases the GIL, so reading the file twice overlaps with work."""
+    over = threading.Event()
+
+    def digest() -> str:
+        found = hashlib.sha256()
+        with path.open("rb") as file:
+            while not over.is_set() and (block := file.read(1 << 20)):
+                found.update(block)
+        return found.hexdigest()
+
+    with ThreadPoolExecutor(1) as aside:
+        try:
+            yield aside.submit(digest)
+        finally:
+            over.set()  # an interrupt does not wait for the rest of a large file

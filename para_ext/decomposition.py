@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +30,21 @@ from .arrays import (
 from .backends import Backend, Truncated
 from .errors import ParaError, shown
 from .factors import LoraFactors, as_tensors, check_factors, written_code
-from .gain import amplified
 from .layout import LARGEST
 from .plan import Plan
 from .pool import map_single_threaded
+from .progress import Meter, Progress
+from .rescaling import BALANCES, moved, rescaled
 from .spectra import ModuleSpectrum, Spectra
 
 if TYPE_CHECKING:
     import torch
 
 BACKENDS = ("cpu", "cuda", "torch")
+
+_FIRST_STEP = 256 << 20  # bytes of factors: smaller adapters are not worth a second step
+_STEP_SECONDS = 0.5
+_LANES = 8  # the native core decomposes so many modules at once
 
 
 class Decomposition:
@@ -52,19 +58,28 @@ class Decomposition:
         betas: per module |scale|·‖B‖_F·‖A‖_F, what rounding errors are relative to.
     """
 
-    def __init__(self, factors: Iterable[LoraFactors], backend: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        factors: Iterable[LoraFactors],
+        backend: str | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.factors = check_factors(factors)
         self.threads = checked_threads(threads)
         self._parts: list[tuple[Backend, list[int], Any]] = []
         sigma: list[list[float]] = [[]] * len(self.factors)
         self.betas = [0.0] * len(self.factors)
-        for stages, members in _assign(self.factors, backend):
+        parts = _assign(self.factors, backend)
+        meter = Meter(progress, f"decomposing {len(self.factors)} modules", self.bytes)
+        for stages, members in ((stages, step) for stages, all_ in parts for step in self._steps(all_)):
             cores = stages.cores([self.factors[i] for i in members], self.threads)
             self._parts.append((stages, members, cores))
             spectra = stages.svd(cores, self.threads)
             for i, values, beta in zip(members, spectra, stages.betas(cores), strict=True):
                 sigma[i] = values
                 self.betas[i] = beta
+            meter.add(sum(self.factors[i].bytes for i in members))
         self.spectra = Spectra(
             tuple(
                 ModuleSpectrum(f.name, f.m, f.n, f.rank, tuple(values), f.group, f.min_rank)
@@ -77,9 +92,35 @@ class Decomposition:
         """Names of the backends at work."""
         return tuple(dict.fromkeys(stages.NAME for stages, _, _ in self._parts))
 
-    def truncate(self, plan: Plan | Mapping[str, int], dtype: torch.dtype | str | None = None) -> list[LoraFactors]:
+    @property
+    def bytes(self) -> int:
+        """What all factors take."""
+        return sum(f.bytes for f in self.factors)
+
+    def _steps(self, members: list[int]) -> Iterator[list[int]]:
+        """The members in runs that take about half a second each, so that progress is seen and an interrupt heard.
+
+        A module's bits depend on that module alone, so the clock may decide.
+        """
+        if device_of(self.factors[members[0]].B) != "cpu":
+            yield members  # a GPU waits for nothing that would be worth a step
+            return
+        start, step = 0, float(_FIRST_STEP)
+        while start < len(members):
+            end, size = start, 0
+            while end < len(members) and (size <= step or (end - start) % (_LANES * self.threads)):
+                size += self.factors[members[end]].bytes
+                end += 1
+            began = time.perf_counter()
+            yield members[start:end]
+            step = size * _STEP_SECONDS / max(time.perf_counter() - began, 1e-6)
+            start = end
+
+    def truncate(
+        self, plan: Plan | Mapping[str, int], dtype: torch.dtype | str | None = None, balance: str = "even"
+    ) -> list[LoraFactors]:
         """New factors at the plan's ranks, scale 1, as torch tensors; see :meth:`truncate_certified`."""
-        return [as_tensors(f) for f in self.named(self.truncate_certified(plan, dtype))]
+        return [as_tensors(f) for f in self.named(self.truncate_certified(plan, dtype, balance=balance))]
 
     def named(self, new: Iterable[Truncated]) -> list[LoraFactors]:
         """What :meth:`truncate_certified` gave, as factors of the same modules at scale 1."""
@@ -90,17 +131,22 @@ class Decomposition:
         plan: Plan | Mapping[str, int],
         dtype: torch.dtype | str | None = None,
         gains: Mapping[str, float] | None = None,
+        balance: str = "even",
+        meter: Meter | None = None,
     ) -> list[Truncated]:
         """The best approximation of every ΔW at the plan's rank, with its error bound, in the order of ``factors``.
 
         A module whose rank does not change keeps A bit for bit, and B becomes scale·B rounded once; one that is given
-        a larger rank is filled up with zeros. Others are balanced: √σ on both sides. Rank 0 gives B [m, 0], A [0, n].
+        a larger rank is filled up with zeros. Others have √σ on both sides. Rank 0 gives B [m, 0], A [0, n].
 
         Args:
             plan: a Plan, or a rank for every module's name.
             dtype: of the new factors; each module's own if None (the wider one where A's and B's differ).
             gains: by name, how much larger B' is to be, for readers that divide by it again: ΔW' = B'A'/gain; 1 if
                 absent.
+            balance: "even", or the side that has all of σ, in every module: with "A", B's columns are orthonormal, with
+                "B", A's rows.
+            meter: told of the factors' bytes as they are truncated.
 
         Raises:
             ParaError: naming the module, if a value overflows ``dtype`` or too much of it is lost to subnormals.
@@ -109,9 +155,11 @@ class Decomposition:
         code = checked_dtype(dtype)
         if code == "F64" and set(self.backends) != {"torch"}:
             raise ParaError("the native core does not write float64; decompose with backend='torch' for that")
+        if balance not in BALANCES:
+            raise ParaError(f"balance is {shown(balance)}; give one of {', '.join(BALANCES)}")
         results: list[Truncated | None] = [None] * len(self.factors)
         gain = [(gains or {}).get(f.name, 1.0) for f in self.factors]
-        unchanged = [i for i, f in enumerate(self.factors) if ranks[i] >= f.rank]
+        unchanged = [i for i, f in enumerate(self.factors) if ranks[i] >= f.rank and balance == "even"]
         for i in unchanged:
             results[i] = _fold_exactly(self.factors[i], code, gain[i])
         inexact = [i for i in unchanged if results[i] is None]
@@ -126,28 +174,39 @@ class Decomposition:
         written = [written_code(f.A, f.B, code) for f in self.factors]
         for stages, members, cores in self._parts:
             # Unchanged modules go through as rank 0: the stage indexes its cores by position.
-            part_ranks = [0 if results[i] is not None else ranks[i] for i in members]
+            part_ranks = [0 if results[i] is not None else min(ranks[i], self.factors[i].rank) for i in members]
             part = [self.factors[i] for i in members]
-            # What is multiplied by a gain is rounded to 16 bits after it, and only then.
-            codes = [written[i] if gain[i] == 1 or written[i] == "F64" else "F32" for i in members]
+            # What is rescaled is rounded to 16 bits after that, and only then.
+            as_they_are = [gain[i] == 1 and balance == "even" for i in members]
+            codes = [
+                written[i] if same or written[i] == "F64" else "F32"
+                for i, same in zip(members, as_they_are, strict=True)
+            ]
             for i, new in zip(members, stages.truncate(part, cores, part_ranks, codes, self.threads), strict=True):
                 if results[i] is None:
                     results[i] = new
-        amplify = [
-            (i, new) for i, new in enumerate(results) if new and gain[i] != 1 and 0 < ranks[i] < self.factors[i].rank
+            if meter is not None:
+                meter.add(sum(f.bytes for f in part))
+        as_before = set(unchanged)
+        rescale = [
+            (i, new)
+            for i, new in enumerate(results)
+            if new and i not in as_before and ranks[i] and (gain[i] != 1 or balance != "even")
         ]
 
-        def enlarge(work: tuple[int, Truncated]) -> Truncated:
+        def scaled(work: tuple[int, Truncated]) -> Truncated:
             i, new = work
-            return amplified(self.factors[i], new, gain[i], written[i])
+            sigma = self.spectra.modules[i].sigma[: new.A.shape[0]]
+            columns = None if balance == "even" else moved(sigma + (0.0,) * (new.A.shape[0] - len(sigma)), balance)
+            return rescaled(self.factors[i], new, written[i], gain[i], columns)
 
-        if amplify:
+        if rescale:
             with ThreadPoolExecutor(self.threads) as workers:  # of numpy's work only, which needs no PyTorch
-                for (i, _), new in zip(amplify, workers.map(enlarge, amplify), strict=True):
-                    results[i] = new
+                for (i, _), new in zip(rescale, workers.map(scaled, rescale), strict=True):
+                    results[i] = _filled(new, ranks[i])
         new_factors = [result for result in results if result is not None]
         for i, new in enumerate(new_factors):
-            self._check_rounding(i, new, copied=ranks[i] >= self.factors[i].rank or gain[i] != 1)
+            self._check_rounding(i, new, balanced=i not in as_before and gain[i] == 1 and balance == "even")
         return new_factors
 
     def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
@@ -160,12 +219,12 @@ class Decomposition:
                 raise ParaError(f"module '{name}': its rank is {shown(rank)}; give a whole number of at least 0")
         return [ranks[f.name] for f in self.factors]
 
-    def _check_rounding(self, i: int, new: Truncated, copied: bool) -> None:
+    def _check_rounding(self, i: int, new: Truncated, balanced: bool) -> None:
         # Balanced factors have the norm √Σσ; to read them again would take as long as to truncate.
         sigma = self.spectra.modules[i].sigma
-        if not copied and max(new.rounding_B, new.rounding_A) ** 2 <= 0.01 * sigma[0]:
+        if balanced and max(new.rounding_B, new.rounding_A) ** 2 <= 0.01 * sigma[0]:
             return
-        balanced = math.sqrt(math.fsum(sigma[: new.A.shape[0]]))
+        root = math.sqrt(math.fsum(sigma[: new.A.shape[0]]))
         for which, rounding, factor in (("B", new.rounding_B, new.B), ("A", new.rounding_A, new.A)):
             if rounding == 0:
                 continue
@@ -173,13 +232,13 @@ class Decomposition:
             if not math.isfinite(rounding):
                 raise ParaError(
                     f"module '{self.factors[i].name}': a value of the new {which} exceeds the range of {name}; "
-                    "write with a wider --dtype such as bf16 or fp32"
+                    "write with a wider type, such as dtype='bf16'"
                 )
-            norm = _norm(factor) if copied else balanced
+            norm = root if balanced else _norm(factor)
             if rounding * rounding > 0.01 * norm * norm:
                 raise ParaError(
                     f"module '{self.factors[i].name}': over 1 % of the new {which}'s squared norm would be lost to "
-                    f"values too small for {name}; write with --dtype bf16 or fp32"
+                    f"values too small for {name}; write with a wider type, such as dtype='bf16'"
                 )
 
 

@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import FACTOR_CODES, NUMPY, Array, as_tensor, code_of, device_of, dtype_name, holds_data, is_tensor
 from .errors import ParaError, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +32,8 @@ class LoraFactors:
     """
 
     name: str
-    B: Array
-    A: Array
+    B: Tensor | NDArray[Any]
+    A: Tensor | NDArray[Any]
     scale: float = 1.0
     group: str | None = None
     min_rank: int = 0
@@ -51,6 +54,11 @@ class LoraFactors:
     def parameters(self) -> int:
         """Elements of A and B as they are written."""
         return self.rank * (self.m + self.n)
+
+    @property
+    def bytes(self) -> int:
+        """What the elements of A and B take."""
+        return self.B.nbytes + self.A.nbytes
 
 
 def check_factors(factors: Iterable[LoraFactors]) -> tuple[LoraFactors, ...]:
@@ -135,7 +143,7 @@ def fold_bias(name: str, bias: NDArray[Any], scale: float, code: str) -> NDArray
     if not np.isfinite(folded.astype(np.float64)).all():
         raise ParaError(
             f"module '{name}': a value of lora_B.bias exceeds the range of {dtype_name(code)} with the scale folded "
-            "in; write with a wider --dtype such as bf16 or fp32"
+            "in; write with a wider type, such as dtype='bf16'"
         )
     return folded
 

@@ -21,17 +21,22 @@ KEEPS = (0.5, 0.25, 0.125, 0.0625)
 
 @dataclass(frozen=True)
 class TypeSummary:
-    """Modules of one type: how many, their ranks, share of the parameters and of Σσ², and effective rank.
+    """Modules of one type.
 
-    The effective rank of a module is exp of the entropy of σ/Σσ (Roy & Vetterli 2007); here its mean. ``kept`` is the
-    part of the parameters that the plan for 95 % of the adapter's energy keeps here.
+    Attributes:
+        module_count, parameters: how many; ``rank``: the largest of theirs.
+        energy_share: the part of the adapter's Σσ² that lies in them.
+        sigma_max: the largest σ.
+        effective_rank: exp of the entropy of σ/Σσ (Roy & Vetterli 2007); its mean.
+        dead: how many of them are zero.
+        kept: the part of their parameters that the plan for 95 % of the adapter's energy keeps.
     """
 
     type: str
-    modules: int
+    module_count: int
     rank: int
     parameters: int
-    energy: float
+    energy_share: float
     sigma_max: float
     effective_rank: float
     dead: int
@@ -40,12 +45,12 @@ class TypeSummary:
 
 @dataclass(frozen=True)
 class DepthSummary:
-    """A quarter of the layers, ``first`` to ``last``: modules, share of Σσ², part kept as in :class:`TypeSummary`."""
+    """A quarter of the layers, ``first`` to ``last``; the rest as in :class:`TypeSummary`."""
 
     first: int
     last: int
-    modules: int
-    energy: float
+    module_count: int
+    energy_share: float
     kept: float
 
 
@@ -54,27 +59,27 @@ class BudgetSummary:
     """What a budget would do.
 
     Attributes:
-        parameters, kept: LoRA parameters, and as a part of the adapter's.
-        energy, error: part of Σσ² kept, and ‖ΔW − ΔW'‖_F / ‖ΔW‖_F.
-        bytes: of the tensor file; None where there is none.
+        parameters_after, kept: LoRA parameters, and as a part of the adapter's.
+        bytes_after: of the tensor file; None where there is none.
+        energy, relative_error: part of Σσ² kept, and ‖ΔW − ΔW'‖_F / ‖ΔW‖_F.
         uniform_rank, uniform_energy: the largest rank for all modules that takes no more parameters, and what it keeps;
             None where not even rank 1 does.
     """
 
     budget: str
     value: float
-    parameters: int
+    parameters_after: int
     kept: float
+    bytes_after: int | None
     energy: float
-    error: float
-    bytes: int | None
+    relative_error: float
     uniform_rank: int | None
     uniform_energy: float | None
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What storage rounding hides anyway: components that are free to drop (``--auto dtype``).
+    """What storage rounding hides anyway: components that are free to drop (``auto="dtype"``).
 
     Attributes:
         kept: part of the parameters without them.
@@ -89,7 +94,7 @@ class Floor:
 class Inspection:
     """The answer of ``para-ext inspect``."""
 
-    modules: int
+    module_count: int
     parameters: int
     norm: float
     types: tuple[TypeSummary, ...]
@@ -119,7 +124,7 @@ def inspect(spectra: Spectra) -> Inspection:
             budgets.append(_summary(name, value, plan, spectra, uniform))
     total = spectra.energy
     return Inspection(
-        modules=len(spectra.modules),
+        module_count=len(spectra.modules),
         parameters=spectra.parameters,
         norm=math.sqrt(total),
         types=tuple(_type_summary(name, by_type[name], total, good) for name in sorted(by_type, key=natural_key)),
@@ -132,10 +137,10 @@ def inspect(spectra: Spectra) -> Inspection:
 def _type_summary(name: str, modules: list[ModuleSpectrum], total: float, ranks: Mapping[str, int]) -> TypeSummary:
     return TypeSummary(
         type=name,
-        modules=len(modules),
+        module_count=len(modules),
         rank=max(m.rank for m in modules),
         parameters=sum(m.rank * (m.m + m.n) for m in modules),
-        energy=_energy(modules) / total if total else 0.0,
+        energy_share=_energy(modules) / total if total else 0.0,
         sigma_max=max(m.sigma[0] for m in modules),
         effective_rank=math.fsum(_effective_rank(m.sigma) for m in modules) / len(modules),
         dead=sum(m.sigma[0] == 0 for m in modules),
@@ -157,8 +162,8 @@ def _depths(modules: Sequence[ModuleSpectrum], total: float, ranks: Mapping[str,
     summaries = []
     for start, end in itertools.pairwise(cuts):
         inside = [module for layer in order[start:end] for module in layers[layer]]
-        energy = _energy(inside) / total if total else 0.0
-        summaries.append(DepthSummary(order[start], order[end - 1], len(inside), energy, _kept(inside, ranks)))
+        share = _energy(inside) / total if total else 0.0
+        summaries.append(DepthSummary(order[start], order[end - 1], len(inside), share, _kept(inside, ranks)))
     return tuple(summaries)
 
 
@@ -193,11 +198,11 @@ def _summary(name: str, value: float, plan: Plan, spectra: Spectra, uniform: Seq
     return BudgetSummary(
         budget=name,
         value=value,
-        parameters=plan.parameters_after,
+        parameters_after=plan.parameters_after,
         kept=plan.parameters_after / plan.parameters_before,
+        bytes_after=spectra.layout.bytes(plan.ranks) if spectra.layout else None,
         energy=plan.energy,
-        error=plan.error / norm if norm else 0.0,
-        bytes=spectra.layout.bytes(plan.ranks) if spectra.layout else None,
+        relative_error=plan.error / norm if norm else 0.0,
         uniform_rank=max(fitting[-1].ranks.values()) if fitting else None,
         uniform_energy=fitting[-1].energy if fitting else None,
     )

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from . import __version__
 from .decomposition import cuda_backend, native_backend, without_cuda
 from .errors import ParaError
 
 
 def installation() -> dict[str, Any]:
-    """Facts by name, each a string or a list of strings."""
+    """Facts by name, as docs/json.md has them."""
     try:
         native = native_backend(required=True)
         isa = f"{native.ISA or native.levels()[0]} (available: {', '.join(native.levels())})"
@@ -24,13 +23,12 @@ def installation() -> dict[str, Any]:
     reason = without_cuda()
     cuda = kernels == "built" and not reason
     return {
-        "para_ext": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "native core": core,
-        "ISA level": isa,
-        "CUDA kernels": kernels,
-        "CUDA": f"not available: {reason}" if reason else torch.cuda.get_device_name(),
+        "native_core": core,
+        "isa_level": isa,
+        "cuda_kernels": kernels,
+        "cuda": f"not available: {reason}" if reason else torch.cuda.get_device_name(),
         "backends": [*(["cpu"] if core == "built" else []), *(["cuda"] if cuda else []), "torch"],
-        "threads": str(torch.get_num_threads()),
+        "threads": torch.get_num_threads(),
     }

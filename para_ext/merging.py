@@ -48,9 +48,8 @@ def merged(adapters: Sequence[tuple[Adapter[Any], float]]) -> Adapter[Any]:
         for slot in adapter.slots:
             parts.setdefault(spelt[slot.name], []).append((slot, weight))
     slots = tuple(_sum(name, parts[name]) for name in sorted(parts, key=natural_key))
-    note = "A weighted sum: " + ", ".join(f"{weight:g} × {adapter.path}" for adapter, weight in adapters) + "."
     others = tuple(adapter.path for adapter, _ in adapters[1:])
-    changes: dict[str, Any] = {"slots": slots, "notes": (*first.notes, note), "others": others}
+    changes: dict[str, Any] = {"slots": slots, "others": others}
     if isinstance(first, PeftAdapter):
         everyone = cast("list[PeftAdapter]", [adapter for adapter, _ in adapters])
         changes["config"] = _config(first, everyone, cast("Sequence[PeftSlot]", slots))

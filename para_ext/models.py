@@ -114,6 +114,16 @@ class _Site:
         for slot in (self.A, self.B):
             yield slot.parameter if not self.adapter or self.adapter in self.layer.scaling else None
 
+    def held(self) -> tuple[Tensor, ...]:
+        """B, A, and the bias of lora_B where there is one."""
+        bias = self.bias
+        return (self.B.parameter, self.A.parameter, *(() if bias is None else (bias,)))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """PEFT's lora_B may have one, which the layer scales too."""
+        return getattr(self.B.owner, "bias", None) if self.B.size else None
+
     def join(self, new: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
         """The inverse of `factors`: new tensors of the layer's own shapes, with storage of their own."""
         A, B = self.A.parameter, self.B.parameter
@@ -157,6 +167,23 @@ class _Site:
 
 
 @dataclass(frozen=True, eq=False)
+class Exchange:
+    """The parameters of one layer before and after.
+
+    Attributes:
+        old, new: B [m, r] and A [r, n], of more dimensions where the layer has them so, and the bias of PEFT's lora_B
+            where it has one; ``new`` is None where the layer lost the adapter.
+        scale: what the old B·A was multiplied by and the new one is not.
+        blocks: how many pairs of matrices B and A hold.
+    """
+
+    old: tuple[Tensor, ...]
+    new: tuple[Tensor, ...] | None
+    scale: float
+    blocks: int
+
+
+@dataclass(frozen=True, eq=False)
 class _Pair:
     """The sites that hold one and the same pair of factors; ``transposed`` ones hold A as Bᵀ and B as Aᵀ."""
 
@@ -186,18 +213,21 @@ class LiveAdapter:
         self._parameters = self._live()
         self.factors = tuple(f for pair in self._pairs for f in pair.first.factors())
 
-    def replace(self, new: Sequence[LoraFactors]) -> None:
+    def replace(self, new: Sequence[LoraFactors]) -> list[Exchange]:
         """Put new factors in the place of ``factors``, all or nothing, and update the adapter's config.
 
         A module of rank 0 loses this adapter. It keeps a zero pair of rank 1 where it could not do without: in a
         module that holds its factors itself, around another adapted parameter of the same module (PEFT nests their
         wrappers, and the names of their tensors tell the depth), and in the first module if all are dropped.
-        Parameters are new (build the optimizer afterwards); requires_grad, device, training mode and the user's own
-        multiplier of the scale stay. To change the model again, read it again.
+        Parameters are new; requires_grad, device, training mode and the user's own multiplier of the scale stay. To
+        change the model again, read it again.
 
         Args:
             new: as ``factors``: the same names in the same order, B [m, k], A [k, n], scale 1, k ≥ min_rank, one k
                 for a group.
+
+        Returns:
+            Every layer's parameters before and after.
 
         Raises:
             ParaError: ``new`` is not of this form, or no config can say what was kept; nothing has changed then.
@@ -213,6 +243,7 @@ class LiveAdapter:
         configs = _new_configs(self._pairs, ranks)
 
         sites = [site for pair in self._pairs for site in pair.all]
+        old = [site.held() for site in sites]
         with _all_or_nothing([*(d for site in sites for d in site.dicts()), *(host.configs for host, _, _ in configs)]):
             for slot, parameter, size in writes:
                 slot.put(parameter, size)
@@ -224,6 +255,12 @@ class LiveAdapter:
                         site.drop()
             for host, adapter, config in configs:
                 host.configs[adapter] = config
+        return [
+            Exchange(
+                held, site.held() if all(p is not None for p in site.parameters()) else None, site.nominal, site.blocks
+            )
+            for site, held in zip(sites, old, strict=True)
+        ]
 
     def _live(self) -> list[Tensor | None]:
         """The parameters now in the sites' places; None where the adapter was taken out."""
@@ -486,9 +523,8 @@ def _writes(pair: _Pair, new: Sequence[LoraFactors]) -> Iterator[tuple[_Slot, nn
             if id(old) not in made:
                 made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
             yield slot, made[id(old)], size
-        bias = getattr(site.B.owner, "bias", None) if site.B.size else None
+        bias = site.bias
         if bias is not None:
-            # The layer scales the bias of lora_B as well.
             folded = as_tensor(fold_bias(site.name, as_numpy(bias), site.nominal, str(code_of(B)))).to(B.device)
             scaled = nn.Parameter(folded, requires_grad=bias.requires_grad)
             yield _Slot(site.B.owner, "bias", site.B.size), scaled, size

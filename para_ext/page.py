@@ -14,7 +14,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -25,11 +25,12 @@ from .charts import DEFAULT, Choice, RankMap, choices, uniform
 from .compress import HEADER_TEXT, decompose, verify
 from .errors import ParaError
 from .factors import LoraFactors
-from .formats import read_adapter
+from .formats import place_of, read_adapter
 from .formats.output import SIDECAR
 from .formats.tensors import read_json
 from .layout import checked
 from .naming import module_type, natural_key
+from .progress import Progress
 from .report import Report, at_most, megabytes, percent, span
 from .spectra import Spectra
 from .whole_file import check_new, write_text
@@ -46,7 +47,7 @@ def write_page(
     overwrite: bool = False,
     backend: str | None = None,
     threads: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write one self-contained HTML page about an adapter and what it was compressed to.
 
@@ -56,22 +57,20 @@ def write_page(
 
     Args:
         out: the file to write; it is there whole or not at all.
-        adapter: a folder or file that ``compress_adapter`` takes, a file that ``Spectra.save`` wrote (``.json``), or
-            Spectra.
-        compressed: what was made of the adapter: a Report, or a folder or file. A folder's certificate is that of its
-            ``para_ext.json``; without one that belongs to this adapter, it is measured as by ``verify``.
+        adapter: a folder, file or id that ``compress_adapter`` takes, a file that ``Spectra.save`` wrote (``.json``),
+            or Spectra.
+        compressed: what was made of the adapter: a Report, or a folder, file or id. A folder's certificate is that of
+            its ``para_ext.json``; without one that belongs to this adapter, it is measured as by ``verify``.
         title: of the page; by default the adapter's name.
         overwrite: replace a file that is at ``out``.
-        backend, threads: as for ``decompose``.
-        progress: called with a few words when a stage starts.
+        backend, threads, progress: as for ``decompose``.
 
     Raises:
         ParaError: plotly is not installed, ``out`` is refused, or an adapter is, naming what and why.
     """
-    say = progress or (lambda _: None)
     plotly, out, compressed = _plotly(), Path(out), list(compressed)
-    check_new(out, [Path(p) for p in (adapter, *compressed) if isinstance(p, str | Path)], "--out", overwrite=overwrite)
-    say("decomposing")
+    check_new(out, [Path(p) for p in (adapter, *compressed) if isinstance(p, str | Path)], "out=", overwrite=overwrite)
+    places = [item if isinstance(item, Report) else (str(item), place_of(item)) for item in compressed]
     factors: tuple[LoraFactors, ...] | None = None
     shaping: Mapping[str, Any] = {}
     if isinstance(adapter, Spectra):
@@ -79,15 +78,14 @@ def write_page(
     elif Path(adapter).suffix == ".json":
         spectra = Spectra.load(adapter)
     else:
-        source = read_adapter(Path(adapter))
+        source = read_adapter(adapter)
         factors, shaping = tuple(source.factors), source.shaping
-        modules = decompose(factors, backend=backend, threads=threads).spectra.modules
+        modules = decompose(factors, backend=backend, threads=threads, progress=progress).spectra.modules
         spectra = Spectra(modules, source.layout(None, " " * HEADER_TEXT))
-    say("planning")
+    if progress is not None:
+        progress("planning", 0, 0)
     stops = [_planned(spectra, choice) for choice in choices(spectra, **shaping)]
-    for item in compressed:
-        say(f"measuring {item}")
-        stops.append(_made(spectra, factors, item, threads))
+    stops += [_made(spectra, factors, item, threads, progress) for item in places]
     if title is None:
         title = "LoRA adapter" if isinstance(adapter, Spectra) else Path(adapter).resolve().name.removesuffix(".json")
     write_text(out, _html(title, _document(spectra, stops), plotly))
@@ -133,16 +131,23 @@ def _planned(spectra: Spectra, choice: Choice) -> _Stop:
 
 
 def _made(
-    spectra: Spectra, factors: Sequence[LoraFactors] | None, item: str | Path | Report, threads: int | None
+    spectra: Spectra,
+    factors: Sequence[LoraFactors] | None,
+    item: tuple[str, Path] | Report,
+    threads: int | None,
+    progress: Progress | None,
 ) -> _Stop:
-    """A compressed adapter, by its certificate where it has one of this adapter, measured otherwise."""
+    """A compressed adapter, by its certificate where it has one of this adapter, measured otherwise.
+
+    Args:
+        item: a Report, or an adapter's name and where it lies.
+    """
     if isinstance(item, Report):
         record, name = item.to_dict(), item.output or "compressed"
     else:
-        record, name = {}, str(item)
-        sidecar = Path(item) / SIDECAR
-        if sidecar.is_file():
-            record = read_json(sidecar)
+        name, path = item
+        sidecar = path / SIDECAR
+        record = read_json(sidecar) if sidecar.is_file() else {}
     if record:
         stop = _certified(spectra, record, name)
         if stop is not None:
@@ -154,7 +159,7 @@ def _made(
             f"'{name}' has no {SIDECAR} that belongs to these spectra, so it must be measured: "
             "give the adapter itself, not its spectra"
         )
-    return _measured(spectra, factors, Path(item), threads)
+    return _measured(spectra, factors, name, path, threads, progress)
 
 
 def _certified(spectra: Spectra, record: Mapping[str, Any], name: str) -> _Stop | None:
@@ -188,16 +193,23 @@ def _certified(spectra: Spectra, record: Mapping[str, Any], name: str) -> _Stop 
     )
 
 
-def _measured(spectra: Spectra, factors: Sequence[LoraFactors], path: Path, threads: int | None) -> _Stop:
+def _measured(
+    spectra: Spectra,
+    factors: Sequence[LoraFactors],
+    name: str,
+    path: Path,
+    threads: int | None,
+    progress: Progress | None,
+) -> _Stop:
     other = read_adapter(path)
-    found = verify(factors, other.factors, threads=threads)
+    found = verify(factors, other.factors, threads=threads, progress=progress)
     by_name = {module.name: module for module in found.modules}
     if by_name.keys() != spectra.columns.keys():
         odd = min(by_name.keys() ^ spectra.columns.keys(), key=natural_key)
-        raise ParaError(f"'{path}' and the adapter differ in the module '{odd}': give what was made of this adapter")
+        raise ParaError(f"'{name}' and the adapter differ in the module '{odd}': give what was made of this adapter")
     modules = [by_name[name] for name in spectra.columns]
     return _Stop(
-        name=str(path),
+        name=name,
         origin="measured on the files",
         ranks=[m.rank_after for m in modules],
         error=found.error,

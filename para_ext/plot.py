@@ -24,7 +24,7 @@ def plot_spectra(spectra: Spectra, path: Path, title: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ParaError("--plot needs matplotlib; install para_ext[report]") from error
+        raise ParaError("a plot needs matplotlib; install para_ext[report]") from error
     plans = choices(spectra)
     figure = Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplot_mosaic([["spectra", "curve"], ["map", "map"]], height_ratios=[3, 2])

@@ -17,12 +17,15 @@ R = TypeVar("R")
 _birth = threading.Lock()
 
 
-def map_single_threaded(function: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:
+def map_single_threaded(
+    function: Callable[[T], R], items: Iterable[T], threads: int, each: Callable[[T], None] | None = None
+) -> list[R]:
     """``[function(item) for item in items]`` by ``threads`` workers, in each of which torch uses one thread.
 
     The results are the same bits for any ``threads``, 1 included: that too is a worker, never the caller's thread.
     Workers record no gradients, keep subnormal numbers and, on CUDA, work in the caller's current stream. The caller's
-    ``torch.get_num_threads()`` stays as it is, and so does that of threads born later.
+    ``torch.get_num_threads()`` stays as it is, and so does that of threads born later. The caller's thread calls
+    ``each`` with every item that is done, in order.
 
     Raises:
         ParaError: so many threads could not be started.
@@ -39,7 +42,13 @@ def map_single_threaded(function: Callable[[T], R], items: Iterable[T], threads:
         with torch.no_grad(), torch.cuda.stream(stream):  # both are per thread; stream None changes nothing
             return function(item)
 
-    return list(_workers(min(threads, os.cpu_count() or 1), os.getpid()).map(work, items))
+    results = []
+    workers = _workers(min(threads, os.cpu_count() or 1), os.getpid())
+    for item, result in zip(items, workers.map(work, items), strict=True):
+        results.append(result)
+        if each is not None:
+            each(item)
+    return results
 
 
 @functools.cache

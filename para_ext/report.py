@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
 from typing import Any
 
+from . import SCHEMA
 from .arrays import UNIT_ROUNDOFF
 from .naming import module_type
 from .plan import Plan
@@ -26,7 +27,7 @@ class ModuleReport:
 
     Attributes:
         norm: ‖ΔW‖_F.
-        sigma_max: σ₁; smallest_kept, largest_dropped: the σ on either side of the cut (None where there is none).
+        sigma_max: σ₁; sigma_kept, sigma_dropped: the σ on either side of the cut (None where there is none).
         error: upper bound of ‖ΔW − ΔW'‖_F for the tensors as stored; error_floor: no rank-k matrix can do better
             (Eckart & Young 1936).
         energy: Σσ² kept, as a fraction of the module's.
@@ -42,8 +43,8 @@ class ModuleReport:
     parameters_after: int
     norm: float
     sigma_max: float
-    smallest_kept: float | None
-    largest_dropped: float | None
+    sigma_kept: float | None
+    sigma_dropped: float | None
     error: float
     error_floor: float
     energy: float
@@ -123,6 +124,7 @@ class Report:
         plan = self.plan.to_dict()
         plan.pop("errors")  # the modules have them
         return {
+            "schema": SCHEMA,
             "version": self.version,
             "source": self.source,
             "output": self.output,
@@ -167,6 +169,12 @@ class Report:
         return ", ".join(parts)
 
 
+def stored(report: Report, rounding: Mapping[str, float]) -> Report:
+    """The report with what storage took from each module's new ΔW', by name, in the certificate."""
+    modules = (replace(m, error=m.error + rounding.get(m.name, 0.0)) for m in report.modules)
+    return replace(report, modules=tuple(modules))
+
+
 def module_reports(spectra: Spectra, plan: Plan, errors: Sequence[float]) -> tuple[ModuleReport, ...]:
     """Join spectra, plan and certified errors, in the modules' order."""
     reports = []
@@ -187,8 +195,8 @@ def module_reports(spectra: Spectra, plan: Plan, errors: Sequence[float]) -> tup
                 parameters_after=rank * cost,
                 norm=math.sqrt(total),
                 sigma_max=module.sigma[0],
-                smallest_kept=module.sigma[min(rank, len(module.sigma)) - 1] if rank else None,
-                largest_dropped=module.sigma[rank] if rank < len(module.sigma) else None,
+                sigma_kept=module.sigma[min(rank, len(module.sigma)) - 1] if rank else None,
+                sigma_dropped=module.sigma[rank] if rank < len(module.sigma) else None,
                 error=error,
                 error_floor=math.sqrt(dropped),
                 energy=1 - dropped / total if total else 1.0,

@@ -16,6 +16,7 @@ from .report import ModuleReport, Report, at_most, megabytes, percent, span
 from .verification import ModuleVerification, Verification
 
 _LEGEND = "energy: kept part of Σσ². error: bound of ‖ΔW−ΔW'‖_F / ‖ΔW‖_F."
+_LEAST_ROOM = 20  # columns in which the end of a module's name still tells it from others
 _PREDICTED = "energy: kept part of Σσ². error: ‖ΔW−ΔW'‖_F / ‖ΔW‖_F as predicted, before storage rounding."
 
 
@@ -58,25 +59,26 @@ def _report_row(name: str, modules: Sequence[ModuleReport]) -> tuple[str, ...]:
 def inspection_tables(inspection: Inspection) -> None:
     """Module types, then budgets."""
     types = _table(
-        f"{inspection.modules} modules, {inspection.parameters:,} LoRA parameters, ‖ΔW‖ = {inspection.norm:.4g}"
+        f"{inspection.module_count} modules, {inspection.parameters:,} LoRA parameters, ‖ΔW‖ = {inspection.norm:.4g}"
     )
     for heading in ("type", "", "rank", "effective", "parameters", "share of energy", "σ₁", "zero", "kept at 95%"):
-        types.add_column(heading, justify="left" if heading == "type" else "right")
+        types.add_column(heading, justify="left" if heading == "type" else "right", no_wrap=heading == "type")
     for t in inspection.types:
         types.add_row(
-            t.type, f"×{t.modules}", str(t.rank), f"{t.effective_rank:.1f}", f"{t.parameters:,}", f"{t.energy:.1%}",
+            t.type, f"×{t.module_count}", str(t.rank), f"{t.effective_rank:.1f}", f"{t.parameters:,}",
+            f"{t.energy_share:.1%}",
             f"{t.sigma_max:.3g}", str(t.dead or ""), f"{t.kept:.1%}",
         )  # fmt: skip
     for d in inspection.depths:
-        name, share, kept = f"layers {d.first}–{d.last}", f"{d.energy:.1%}", f"{d.kept:.1%}"
-        types.add_row(name, f"×{d.modules}", "", "", "", share, "", "", kept)
+        name, share, kept = f"layers {d.first}–{d.last}", f"{d.energy_share:.1%}", f"{d.kept:.1%}"
+        types.add_row(name, f"×{d.module_count}", "", "", "", share, "", "", kept)
     budgets = _table("what a budget would keep")
     for heading in ("budget", "parameters", "kept", "file", "energy kept", "relative error", "one rank for all"):
-        budgets.add_column(heading, justify="left" if heading == "budget" else "right")
+        budgets.add_column(heading, justify="left" if heading == "budget" else "right", no_wrap=heading == "budget")
     for b in inspection.budgets:
         budgets.add_row(
-            f"--{b.budget} {b.value:g}", f"{b.parameters:,}", f"{b.kept:.1%}",
-            "–" if b.bytes is None else megabytes(b.bytes), percent(b.energy), f"{b.error:.3g}",
+            f"--{b.budget} {b.value:g}", f"{b.parameters_after:,}", f"{b.kept:.1%}",
+            "–" if b.bytes_after is None else megabytes(b.bytes_after), percent(b.energy), f"{b.relative_error:.3g}",
             "–" if b.uniform_energy is None else f"{b.uniform_rank}: {percent(b.uniform_energy)}",
         )  # fmt: skip
     console = _console()
@@ -88,39 +90,46 @@ def inspection_tables(inspection: Inspection) -> None:
 
 
 def verification_table(verification: Verification) -> None:
-    """Per module type and in all: ranks, energy kept, relative error."""
-    table = _table(None)
-    for heading in ("modules", "", "rank", "energy", "error"):
-        table.add_column(heading, justify="left" if heading == "modules" else "right", no_wrap=True)
-    table.add_column("worst module", no_wrap=True)
+    """Per module type and in all: ranks, energy kept, relative error, and the worst module, as far as it fits."""
     by_type: dict[str, list[ModuleVerification]] = defaultdict(list)
     for module in verification.modules:
         by_type[module.type].append(module)
-    for name in sorted(by_type, key=natural_key):
-        table.add_row(*_verification_row(name, by_type[name]))
-    table.add_section()
-    table.add_row(*_verification_row("all", verification.modules), style="bold")
+
+    def drawn(room: int) -> Table:
+        table = _table(None)
+        for heading in ("modules", "", "rank", "energy", "error"):
+            table.add_column(heading, justify="left" if heading == "modules" else "right", no_wrap=True)
+        if room:
+            table.add_column("worst module", no_wrap=True)
+        for name in sorted(by_type, key=natural_key):
+            table.add_row(*_verification_row(name, by_type[name], room))
+        table.add_section()
+        table.add_row(*_verification_row("all", verification.modules, room), style="bold")
+        return table
+
     console = _console()
-    console.print(table)
+    room = console.width - console.measure(drawn(0)).maximum - 2
+    console.print(drawn(room if room >= _LEAST_ROOM else 0))
     console.print(_LEGEND, style="dim", highlight=False, markup=False)
     console.print(verification.summary(), style="bold", highlight=False, markup=False)
 
 
-def _verification_row(name: str, modules: Sequence[ModuleVerification]) -> tuple[str, ...]:
+def _verification_row(name: str, modules: Sequence[ModuleVerification], room: int) -> tuple[str, ...]:
+    """The cells; the last, where there is room for it, is the worst module's name in so many columns."""
+    worst = max(modules, key=lambda m: m.error)
     norm = math.sqrt(math.fsum(m.norm * m.norm for m in modules))
     error = math.sqrt(math.fsum(m.error * m.error for m in modules))
-    worst = max(modules, key=lambda m: m.error)
     return (
         name,
         f"×{len(modules)}",
         f"{span([m.rank_before for m in modules])} → {span([m.rank_after for m in modules])}",
         percent(max(0.0, 1 - (error / norm) ** 2)) if norm else "–",
         at_most(error / norm if norm else error),
-        _tail(worst.name) if worst.error else "–",
+        *([_ending(worst.name, room) if worst.error else "–"] if room else []),
     )
 
 
-def _tail(name: str, length: int = 32) -> str:
+def _ending(name: str, length: int) -> str:
     """The end of a module's name, which tells it from the others."""
     return name if len(name) <= length else f"…{name[1 - length :]}"
 

@@ -12,6 +12,7 @@ from .errors import ParaError
 from .factors import LoraFactors, total_parameters
 from .naming import module_type
 from .pool import map_single_threaded
+from .progress import Meter, Progress
 from .report import at_most, percent
 
 
@@ -86,13 +87,15 @@ class Verification:
         }
 
 
-def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threads: int) -> Verification:
+def compare(
+    original: Sequence[LoraFactors], other: Sequence[LoraFactors], threads: int, progress: Progress | None = None
+) -> Verification:
     """Measure ‖ΔW − ΔW'‖_F of every module that either adapter has.
 
     Raises:
         ParaError: naming the module whose shape differs, or which holds a NaN or an infinity.
     """
-    from .certificate import difference, norm
+    from .certificate import difference_and_norm
 
     left, right = {f.name: f for f in original}, {f.name: f for f in other}
     if left and right and not left.keys() & right.keys():
@@ -111,15 +114,19 @@ def compare(original: Sequence[LoraFactors], other: Sequence[LoraFactors], threa
         g = g or _nothing(known)
         # The second scale is folded exactly: ‖sBA − tB'A'‖ = |t|·‖(s/t)BA − B'A'‖ only where t ≠ 0, so use fp64 B'.
         B2 = g.B if g.scale == 1 else as_tensor(g.B).double() * g.scale
-        error = difference(f.B, f.A, f.scale, B2, g.A)
+        error, norm = difference_and_norm(f.B, f.A, f.scale, B2, g.A)
         if not math.isfinite(error):
-            raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with a wider --dtype")
-        return ModuleVerification(name, module_type(name), f.rank, g.rank, norm(f.B, f.A, f.scale), error)
+            raise ParaError(f"module '{name}' holds a NaN or an infinity; write it again with dtype='fp32'")
+        return ModuleVerification(name, module_type(name), f.rank, g.rank, norm, error)
 
     names = [*left, *(name for name in right if name not in left)]
-    return Verification(
-        tuple(map_single_threaded(measure, names, threads)), total_parameters(original), total_parameters(other)
-    )
+    meter = Meter(progress, f"measuring {len(names)} modules", sum(f.bytes for f in left.values()))
+
+    def measured(name: str) -> None:
+        meter.add(left[name].bytes if name in left else 0)
+
+    modules = tuple(map_single_threaded(measure, names, threads, measured))
+    return Verification(modules, total_parameters(original), total_parameters(other))
 
 
 def _nothing(f: LoraFactors) -> LoraFactors:

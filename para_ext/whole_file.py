@@ -17,7 +17,7 @@ def check_new(path: Path, adapters: Iterable[Path], option: str, *, overwrite: b
     if path.is_dir():
         raise ParaError(f"'{path}' is a folder: give {option} the name of a file")
     if path.exists() and not overwrite:
-        raise ParaError(f"'{path}' exists: give another {option}, or --overwrite")
+        raise ParaError(f"'{path}' exists: give another {option}, or overwrite=True")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise ParaError(f"'{path.parent}' is not a folder that can be written to: give another {option}")
 

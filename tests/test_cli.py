@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from adapters import contents, factors, write_adapter
 from safetensors.torch import load_file, save_file
 
-from para_ext import cli
+from para_ext import ParaError, cli, compress_adapter
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -68,10 +69,108 @@ def test_help_is_quick_and_without_torch() -> None:
 
 
 @pytest.mark.parametrize("command", ["inspect", "compress", "convert", "merge", "plan", "report", "verify", "info"])
-def test_every_command_has_help(run: Run, command: str) -> None:
+def test_every_command_has_help_with_examples(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
     assert "--json" in out
+    examples = [line.split() for line in out.splitlines() if line.startswith("    para-ext ")]
+    assert examples
+    for words in examples:
+        assert words[1] == command
+        known = {name for parameter in cli.cli.commands[command].params for name in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= known
+
+
+def test_help_groups_options(run: Run) -> None:
+    """Every option once, and those that every command has at the end."""
+    _, out, _ = run("compress", "--help")
+    titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert [title.split()[0] for title in titles] == ["Budget:", "Shape", "Reader:", "Output:", "Work:", "Options:"]
+    for parameter in cli.cli.commands["compress"].params:
+        for name in parameter.opts:
+            assert sum(line.split()[:1] == [name] for line in out.splitlines()) == name.startswith("-")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(tmp_path: Path, shell: str) -> None:
+    """Scripts for the shell; adapters as paths, options by their names, choices by their values."""
+    code = "import sys; sys.argv = ['para-ext']; from para_ext.cli import main; main()"
+
+    def completed(step: str, words: str = "", last: str = "", **more: str) -> str:
+        environment = {**os.environ, "_PARA_EXT_COMPLETE": f"{shell}_{step}", "COMP_WORDS": f"para-ext {words}{last}"}
+        environment |= {"COMP_CWORD": last if shell == "fish" else str(1 + len(words.split()))}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+        )
+        assert done.stderr == ""
+        return done.stdout
+
+    script = completed("source")
+    assert "_PARA_EXT_COMPLETE" in script and "para-ext" in script
+    assert "file" in completed("complete", "inspect ", "ada")
+    assert "file" in completed("complete", "merge ", "sty")
+    assert "--keep" in completed("complete", "compress ", "--ke")
+    assert "trtllm" in completed("complete", "compress --target ", "tr")
+
+
+def test_messages_name_options_as_the_caller_writes_them(run: Run, adapter: Path, tmp_path: Path) -> None:
+    """keep=0.05 from Python, --keep 0.05 here; names of paths stay as they are."""
+    odd = adapter.rename(tmp_path / "rank=8")
+    for arguments, python, here in (
+        (("--keep", "7"), r"^keep='7' is out of range", "para-ext: --keep 7 is out of range"),
+        (("--multiple-of", "0"), "^multiple_of=0 is", "para-ext: --multiple-of 0 is out of range"),
+        (("--allowed-ranks", "2,x"), None, "para-ext: --allowed-ranks 2,x is not a list"),
+        (("--target", "gguf"), "give its folder by base=$", "needs the base model: give its folder by --base\n"),
+        (("--dtype", "fp16"), "such as dtype='bf16'$", "such as --dtype bf16\n"),
+    ):
+        if "--dtype" in arguments:
+            _damage(odd, "overflow")
+        code, _, err = run("compress", odd, tmp_path / "out", *arguments)
+        assert (code, err.count("\n")) == (1, 1)
+        assert here in err
+        if python is not None:
+            name, value = arguments[0].strip("-").replace("-", "_"), arguments[1]
+            with pytest.raises(ParaError, match=python):
+                compress_adapter(odd, tmp_path / "out", **{name: int(value) if value == "0" else value})
+    _, _, err = run("inspect", tmp_path / "rank=9")
+    assert f"'{tmp_path}/rank=9' does not exist" in err
+    _, out, _ = run("compress", write_adapter(tmp_path / "a"), tmp_path / "b", "--uniform", "all")
+    assert "--allowed-ranks 1,2,4,6." in out and "--energy 0.95 is a good one" in out
+
+
+def test_the_library_names_no_options() -> None:
+    """A caller from Python has none. (Charts are drawn for readers of the command line.)"""
+    options = {name for command in cli.cli.commands.values() for p in command.params for name in p.opts if "--" in name}
+    for file in Path(cli.__file__).parent.rglob("*.py"):
+        if file.name not in ("cli.py", "options.py", "charts.py"):
+            text = file.read_text(encoding="utf-8").replace("``--json``", "")
+            found = {name for name in options if re.search(rf"(?<![\w-]){name}(?![\w-])", text)}
+            assert not found, f"{file.name} names {found}"
+
+
+@pytest.mark.parametrize("columns", [160, 80, 62, 40])
+def test_a_narrow_terminal_cuts_no_number(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, columns: int
+) -> None:
+    """And of the worst module's name it shows the end, or nothing."""
+    pairs = [(f"base.language_model.with.a.long.name.{name}", B, A) for name, B, A in factors()]
+    adapter = write_adapter(tmp_path / "adapter", pairs)
+    run("compress", adapter, tmp_path / "small", "--keep", "0.5")
+    _, wide, _ = run("verify", adapter, tmp_path / "small")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run("verify", adapter, tmp_path / "small")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", out).splitlines()
+    expected = {line.split()[0]: line.split() for line in wide.splitlines() if line.startswith(" ") and "→" in line}
+    assert len(expected) == 4
+    for line in lines:
+        assert len(line.rstrip()) <= columns
+        if line.split()[:1] and line.split()[0] in expected:
+            *numbers, name = expected[line.split()[0]]
+            assert line.split()[: len(numbers)] == numbers
+            shown = line.split()[len(numbers) :]
+            assert shown == ([name] if columns == 160 else [] if columns == 40 else shown)
+            assert not shown or (name.endswith(shown[0].lstrip("…")) and len(shown[0]) >= 16)
 
 
 def test_compress_prints_table_and_summary(run: Run, adapter: Path, tmp_path: Path) -> None:
@@ -104,7 +203,13 @@ def test_json_and_report_file(run: Run, adapter: Path, tmp_path: Path) -> None:
     assert len(document["modules"]) == 9
     code, _, err = run("compress", adapter, tmp_path / "other", "--report", report)
     assert code == 1
-    assert "exists" in err
+    assert "exists: give another --report, or --overwrite" in err
+    other = write_adapter(tmp_path / "b", factors(seed=1))
+    for words in (("merge", f"{adapter}=1", f"{other}=1", "-o"), ("convert", adapter, "--target", "peft")):
+        again = (*words, tmp_path / words[0], "--report", tmp_path / f"{words[0]}.json", "--json")
+        code, out, _ = run(*again)
+        assert code == 0
+        assert json.loads((tmp_path / f"{words[0]}.json").read_text()) == json.loads(out)
 
 
 def test_several_keeps(run: Run, adapter: Path, tmp_path: Path) -> None:
@@ -186,8 +291,8 @@ def test_inspect(run: Run, adapter: Path, tmp_path: Path) -> None:
     assert "q_proj" in out
     code, out, _ = run("inspect", adapter, "--json")
     document = json.loads(out)
-    assert document["modules"] == 9
-    assert sum(t["energy"] for t in document["types"]) == pytest.approx(1)
+    assert document["module_count"] == 9
+    assert sum(t["energy_share"] for t in document["types"]) == pytest.approx(1)
     assert contents(tmp_path) == before
 
 
@@ -205,7 +310,7 @@ def test_info(run: Run) -> None:
     facts = json.loads(out)
     assert code == 0
     assert "torch" in facts["backends"]
-    assert facts["CUDA"]
+    assert facts["cuda"]
     assert "native core" in run("info")[1]
 
 
@@ -351,19 +456,24 @@ def test_no_space_left(run: Run, adapter: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
 def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """Nor does another, which comes while what was written is removed."""
     adapter = write_adapter(tmp_path / "adapter")
     code = (
-        "import os, signal, sys\n"
+        "import os, shutil, signal, sys\n"
         "from para_ext import cli\n"
         "from para_ext.formats import output\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's children ignore it
+        "def again(*arguments, remove=shutil.rmtree, **more):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    remove(*arguments, **more)\n"
         "output._flush = lambda folder: os.kill(os.getpid(), signal.SIGINT)\n"
+        "shutil.rmtree = again\n"
         f"sys.argv = ['para-ext', 'compress', {str(adapter)!r}, {str(tmp_path / 'small')!r}]\n"
         "cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 130
-    assert done.stderr.strip() == "para-ext: interrupted; nothing was left half-written"
+    assert done.stderr == "para-ext: interrupted; nothing was left half-written\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
 

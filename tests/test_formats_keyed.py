@@ -210,7 +210,7 @@ def test_overwrite(tmp_path: Path) -> None:
     file, folder = tmp_path / "out.safetensors", tmp_path / "out"
     for out in (file, folder):
         para_ext.compress_adapter(source, out, rank=2)
-        with pytest.raises(ParaError, match=r"exists: give a new .*--overwrite"):
+        with pytest.raises(ParaError, match=r"exists: give a new .*overwrite=True"):
             para_ext.compress_adapter(source, out, rank=1)
         para_ext.compress_adapter(source, out, rank=1, overwrite=True)
         assert {f.rank for f in read_adapter(out).factors} == {1}

@@ -252,7 +252,7 @@ def test_real_keys_in_other_spellings(tmp_path: Path, name: str) -> None:
     para_ext.convert_adapter(source, diffusers, "diffusers")
     assert para_ext.verify(source, diffusers).error == 0
     if "flux" in name:
-        with pytest.raises(ParaError, match="no reader of kohya's files takes: use --target diffusers"):
+        with pytest.raises(ParaError, match="no reader of kohya's files takes: use target='diffusers'"):
             para_ext.convert_adapter(diffusers, kohya, "kohya")
     if name == "flux_lora_diffusers_format":
         return

@@ -106,11 +106,12 @@ def factors_of(adapter: PeftAdapter) -> list[LoraFactors]:
 def write(adapter: PeftAdapter, out: Path, rank: Callable[[LoraFactors], int]) -> Path:
     new = [truncate(f, rank(f)) for f in factors_of(adapter)]
     metadata = json.dumps({"version": "1", "ä": 0})
-    written = adapter.write(out, new, metadata=metadata, sidecar={"b": 1})
+    written = adapter.write(out, new, metadata=metadata, sidecar=lambda _: {"b": 1})
     assert written.size == (out / WEIGHTS).stat().st_size
     if any(f.rank for f in new):
         assert written.size == adapter.layout(metadata=metadata).bytes({f.name: f.rank for f in new})
-    assert json.loads((out / "para_ext.json").read_text()) == {"b": 1}
+    files = sorted(path.name for path in out.iterdir() if path.name != "para_ext.json")
+    assert json.loads((out / "para_ext.json").read_text()) == {"b": 1, "files": files}
     return out
 
 
@@ -207,7 +208,7 @@ def test_dropped_modules_are_not_injected(tmp_path: Path, dropped: list[str], lo
 
 def write_any(adapter: PeftAdapter, out: Path, new: Any) -> Path:
     factors = [truncate(f, new(f)) for f in factors_of(adapter)] if callable(new) else new
-    adapter.write(out, factors, metadata="{}", sidecar={})
+    adapter.write(out, factors, metadata="{}", sidecar=lambda _: {})
     return out
 
 
@@ -358,7 +359,7 @@ def test_the_first_version_of_peft(tmp_path: Path) -> None:
     adapter = read_peft(folder_of(tmp_path / "a"))
     assert [(f.name, f.rank, f.scale) for f in factors_of(adapter)] == [("q", 2, 2.0)]
     assert adapter.new_config({"q": 1}) == GOOD | {"r": 1, "lora_alpha": 1}
-    adapter.write(tmp_path / "out", factors_of(adapter), metadata="{}", sidecar={})
+    adapter.write(tmp_path / "out", factors_of(adapter), metadata="{}", sidecar=lambda _: {})
     again = read_peft(tmp_path / "out")
     assert again.metadata == {"format": "pt", "origin": "test", "para_ext": "{}"}
     assert torch.equal(factors_of(again)[0].B, 2 * factors_of(adapter)[0].B)
@@ -383,7 +384,7 @@ def test_pickled_tensors(tmp_path: Path, legacy: bool) -> None:
     (folder / WEIGHTS).unlink()
     torch.save(tensors, folder / PICKLED, _use_new_zipfile_serialization=not legacy)
     adapter = read_adapter(folder)
-    adapter.write(tmp_path / "out", factors_of(adapter), metadata="{}", sidecar={})
+    adapter.write(tmp_path / "out", factors_of(adapter), metadata="{}", sidecar=lambda _: {})
     assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)[f"{P}head.weight"], torch.ones(4, 4))
 
 
@@ -607,7 +608,7 @@ def test_layout_in_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     model = adapt(build(), r=4, target_modules=["lin", "grouped", "c1"], lora_bias=True)
     adapter = read_peft(save(model, tmp_path / "adapter"))
     new = [LoraFactors(f.name, f.B[:, :1].to(dtype), f.A[:1].to(dtype)) for f in factors_of(adapter)]
-    written = adapter.write(tmp_path / "out", new, metadata="[]", sidecar={}, code=CODES[dtype])
+    written = adapter.write(tmp_path / "out", new, metadata="[]", sidecar=lambda _: {}, code=CODES[dtype])
     assert written.size == adapter.layout(CODES[dtype], metadata="[]").bytes({f.name: 1 for f in new})
 
 
@@ -626,7 +627,7 @@ def test_trained_adapters(tmp_path: Path) -> None:
         for k in (0, 1, 2):
             new = [LoraFactors(f.name, f.B[:, :k], f.A[:k], f.scale) for f in factors_of(adapter)]
             out = tmp_path / f"{folder.name}-{k}"
-            written = adapter.write(out, new, metadata="{}", sidecar={})
+            written = adapter.write(out, new, metadata="{}", sidecar=lambda _: {})
             if k:
                 assert written.size == adapter.layout(metadata="{}").bytes({f.name: k for f in new})
             assert {f.rank for f in read_peft(out).factors} == {max(k, 1)}

@@ -78,7 +78,7 @@ def test_an_existing_folder_is_refused_or_replaced(tmp_path: Path, source: Path)
     out = tmp_path / "out"
     write_folder(out, fill("old"), overwrite=False, source=source)
     (out / "README.md").write_text("card")
-    with pytest.raises(ParaError, match="exists: give a new folder, or --overwrite"):
+    with pytest.raises(ParaError, match="exists: give a new folder, or overwrite=True"):
         write_folder(out, fill("new"), overwrite=False, source=source)
     assert content(out) == "old"
     write_folder(out, fill("new"), overwrite=True, source=source)

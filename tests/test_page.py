@@ -214,7 +214,7 @@ def test_the_file_is_new_and_outside(adapter: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
     out = tmp_path / "report.html"
     out.write_text("mine")
-    with pytest.raises(ParaError, match="exists: give another --out, or --overwrite"):
+    with pytest.raises(ParaError, match="exists: give another out=, or overwrite=True"):
         write_page(out, adapter)
     assert out.read_text() == "mine"
     write_page(out, adapter, overwrite=True)
@@ -227,7 +227,8 @@ def test_command(
     out = tmp_path / "report.html"
     monkeypatch.setattr(sys, "argv", ["para-ext", "report", str(adapter), "-o", str(out), "--title", "A & B", "--json"])
     cli.main()
-    assert json.loads(capsys.readouterr().out) == {"output": str(out), "bytes": out.stat().st_size}
+    document = json.loads(capsys.readouterr().out)
+    assert (document["output"], document["bytes"]) == (str(out), out.stat().st_size)
     assert "<title>A &amp; B</title>" in out.read_text(encoding="utf-8")
 
 

@@ -166,6 +166,101 @@ def test_merged(tmp_path: Path, base: Path, make: Source) -> None:
     assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_the_certificate_of_merged_weights_has_their_rounding(
+    tmp_path: Path, base: Path, dtype: torch.dtype, keep: float
+) -> None:
+    for file in base.glob("*.safetensors"):
+        save_file({key: t.to(dtype) for key, t in load_file(file).items()}, file, {"format": "pt"})
+    source = peft_folder(tmp_path / "source")
+    report = para_ext.compress_adapter(source, tmp_path / "out", target="merged", base=base, keep=keep)
+    before = {key: t for file in base.glob("*.safetensors") for key, t in load_file(file).items()}
+    after = {key: t for file in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(file).items()}
+    lost = {n: after[f"{n}.weight"].double() - before[f"{n}.weight"].double() - d for n, d in dense(source).items()}
+    for module in report.modules:
+        true = float(lost[module.name].norm())
+        assert true <= module.error * (1 + 1e-9) <= 3 * true
+    assert norm(lost) <= report.error <= 3 * norm(lost)
+    assert report.error > 1.001 * report.plan.error  # which knows of no rounding
+    record = json.loads((tmp_path / "out" / "para_ext.json").read_text())
+    assert record["error"] == report.error
+
+
+def test_merged_replaces_what_it_wrote_and_nothing_else(tmp_path: Path, base: Path) -> None:
+    source, out = peft_folder(tmp_path / "source"), tmp_path / "out"
+    (base / "generation_config.json").write_text("{}")
+    for keep in (0.5, 0.25):
+        para_ext.compress_adapter(source, out, target="merged", base=base, keep=keep, overwrite=True)
+    (out / "mine.txt").write_text("")
+    with pytest.raises(ParaError, match=r"also holds mine.txt, so overwrite=True does not replace it"):
+        para_ext.compress_adapter(source, out, target="merged", base=base, overwrite=True)
+    (out / "mine.txt").unlink()
+    (out / "para_ext.json").write_text('{"files": 3}')
+    with pytest.raises(ParaError, match="holds no adapter"):
+        para_ext.compress_adapter(source, out, target="merged", base=base, overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "my_model"])
+def test_weights_that_are_kept_transposed(tmp_path: Path, base: Path, kind: str) -> None:
+    """As a model's type says, otherwise as shapes do; a square one's orientation is not guessed."""
+    config = json.loads((base / "config.json").read_text()) | {"model_type": kind}
+    (base / "config.json").write_text(json.dumps(config))
+    for file in base.glob("*.safetensors"):
+        save_file({key: t.T.contiguous() for key, t in load_file(file).items()}, file, {"format": "pt"})
+    plain = [(name, B, A) for name, B, A in language() if len(B) != A.shape[1]]
+    source = write_adapter(tmp_path / "source", plain, fan_in_fan_out=True)
+    report = para_ext.compress_adapter(source, tmp_path / "out", target="merged", base=base, keep=0.9)
+    before = {key: t for file in base.glob("*.safetensors") for key, t in load_file(file).items()}
+    after = {key: t for file in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(file).items()}
+    lost = norm({n: (after[f"{n}.weight"].double() - before[f"{n}.weight"]).T - d for n, d in dense(source).items()})
+    assert 0 < lost <= report.error * (1 + 1e-5)
+    square = [(name, B, A) for name, B, A in language() if len(B) == A.shape[1]]
+    folder = write_adapter(tmp_path / "square", square, fan_in_fan_out=True)
+    if kind == "gpt2":
+        para_ext.compress_adapter(folder, tmp_path / "out2", target="merged", base=base)
+    else:
+        with pytest.raises(ParaError, match="has no weight in"):
+            para_ext.compress_adapter(folder, tmp_path / "out2", target="merged", base=base)
+
+
+@pytest.mark.parametrize("target", ["gguf", "uniform"])
+def test_a_base_that_cannot_be_the_adapters_is_refused(tmp_path: Path, base: Path, target: str) -> None:
+    pytest.importorskip("gguf", reason="it writes and reads the format")
+    source = peft_folder(tmp_path / "source")
+    config = json.loads((base / "config.json").read_text())
+    cases: list[tuple[dict[str, int], str]] = [({"num_hidden_layers": 10**12}, "speaks of 1000000000000 layers")]
+    if target == "gguf":
+        cases += [({"num_attention_heads": 4, "head_dim": 8}, "has 16 rows, but .* has 4 heads of 8"),
+                  ({"hidden_size": 32}, "has 8 rows, but .* has 1 heads of 16")]  # fmt: skip
+    for change, message in cases:
+        (base / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ParaError, match=message):
+            para_ext.compress_adapter(source, tmp_path / f"out{'.gguf' * (target == 'gguf')}", target=target, base=base)
+
+
+def test_a_base_that_nothing_reads_is_refused(tmp_path: Path, base: Path) -> None:
+    source = peft_folder(tmp_path / "source")
+    with pytest.raises(ParaError, match="base is read for gguf, merged, mlx, uniform only"):
+        para_ext.compress_adapter(source, tmp_path / "out", target="vllm", base=base)
+
+
+def test_layers_without_end_are_not_filled_up(tmp_path: Path) -> None:
+    (name, B, A), *_ = language()
+    far = name.replace("layers.0", "layers.999999999999")
+    source = write_adapter(tmp_path / "source", [(name, B, A), (far, B + 1, A + 1)])
+    with pytest.raises(ParaError, match="is of more layers than models have"):
+        para_ext.compress_adapter(source, tmp_path / "out", target="uniform")
+
+
+def test_merged_takes_no_weight_of_another_part(tmp_path: Path, base: Path) -> None:
+    """Only what models with heads call their body may be left out of a name."""
+    modules = [(f"vision.{name}", B, A) for name, B, A in language()]
+    folder = write_adapter(tmp_path / "source", modules)
+    with pytest.raises(ParaError, match=r"module 'vision\..*' has no weight in"):
+        para_ext.compress_adapter(folder, tmp_path / "out", target="merged", base=base)
+
+
 @pytest.mark.parametrize("make", LANGUAGE, ids=lambda make: make.__name__)
 def test_gguf(tmp_path: Path, base: Path, make: Source) -> None:
     gguf = pytest.importorskip("gguf", reason="it writes and reads the format")
@@ -214,35 +309,35 @@ NOT_PEFT = tuple(target for target in TARGETS if target != "peft")
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED: dict[str, tuple[Source, tuple[str, ...], str]] = {
     "DoRA": (lambda p: with_tensors(p, {f"{Q}.lora_magnitude_vector": torch.ones(16)}, use_dora=True),
-             NOT_PEFT, "uses DoRA.*--target peft"),
+             NOT_PEFT, "uses DoRA.*target='peft'"),
     "bias": (lambda p: with_tensors(p, {f"{Q}.lora_B.bias": torch.ones(16)}, lora_bias=True),
-             NOT_PEFT, "has a lora_B.bias.*--target peft"),
+             NOT_PEFT, "has a lora_B.bias.*target='peft'"),
     "aLoRA": (lambda p: peft_folder(p, alora_invocation_tokens=[1, 2]),
-              NOT_PEFT, "uses aLoRA.*--target peft"),
+              NOT_PEFT, "uses aLoRA.*target='peft'"),
     "layer replication": (lambda p: peft_folder(p, layer_replication=[[0, 2], [1, 3]]),
                           NOT_PEFT, "uses layer replication"),
     "trained tokens": (lambda p: peft_folder(p, trainable_token_indices=[1]), NOT_PEFT, "uses trained tokens"),
     "modules_to_save": (lambda p: with_tensors(p, {"base_model.model.lm_head.weight": torch.ones(4, 16)},
                                                modules_to_save=["lm_head"]),
                         ("vllm", "uniform", "trtllm", "mlx", "gguf"),
-                        "also holds 'base_model.model.lm_head.weight'.*--target peft or merged"),
+                        "also holds 'base_model.model.lm_head.weight'.*target='peft' or target='merged'"),
     "pipeline": (kohya_pipeline, ("peft", "vllm", "uniform", "trtllm", "mlx", "gguf", "merged"),
-                 r"adapts several models \(text_encoder, text_encoder_2, unet\).*use --target diffusers"),
+                 r"adapts several models \(text_encoder, text_encoder_2, unet\).*use target='diffusers'"),
     "numbers": (lambda p: keyed(p, "unet:0", (":down", ":up")), ("peft", "kohya", "diffusers", "uniform"),
-                "has a number for a name.*compress without --target"),
+                "has a number for a name.*compress without a target"),
     "unknown words": (lambda p: keyed(p, "lora_unet_new_kind_of_block_0_x"), ("peft", "diffusers", "kohya", "uniform"),
-                      "whose dots are unknown.*compress without --target"),
+                      "whose dots are unknown.*compress without a target"),
     "dora_scale": (lambda p: keyed(p, "lora_unet_conv_in", lora_unet_conv_in__dora_scale=torch.ones(12, 1)),
-                   ("peft", "diffusers", "kohya"), "dora_scale.*compress without --target to keep"),
+                   ("peft", "diffusers", "kohya"), "dora_scale.*compress without a target to keep"),
     "merged linear": (merged_linear, ("peft", "vllm", "uniform", "trtllm", "mlx"), "is several layers in one"),
-    "no diffusion": (peft_folder, ("diffusers", "kohya"), "is of no diffusion model that is known.*--target peft"),
+    "no diffusion": (peft_folder, ("diffusers", "kohya"), "is of no diffusion model that is known.*target='peft'"),
     "original names": (lambda p: keyed(p, "lora_unet_joint_blocks_0_x_block_attn_qkv"), ("diffusers",),
-                       "named as in the original model.*use --target kohya"),
+                       "named as in the original model.*use target='kohya'"),
     "grouped": (lambda p: File().add("x", "unet.x", PEFT, (6, 2, 3, 3), groups=2).save(p.with_suffix(".safetensors")),
-                ("kohya", "diffusers", "uniform", "trtllm"), "--target peft"),
-    "no base": (peft_folder, ("gguf", "merged"), "needs the base model: give its folder by --base"),
-    "convolution": (peft_unet, ("trtllm", "mlx"), "--target (peft|merged|diffusers)"),
-    "names MLX lacks": (lambda p: write_adapter(p), ("mlx",), "has no name that is known in MLX: use --target merged"),
+                ("kohya", "diffusers", "uniform", "trtllm"), "target='peft'"),
+    "no base": (peft_folder, ("gguf", "merged"), "needs the base model: give its folder by base="),
+    "convolution": (peft_unet, ("trtllm", "mlx"), "target='(peft|merged|diffusers)'"),
+    "names MLX lacks": (lambda p: write_adapter(p), ("mlx",), "has no name that is known in MLX: use target='merged'"),
 }  # fmt: skip
 
 
@@ -259,9 +354,7 @@ def test_refusals(tmp_path: Path, base: Path, case: str, target: str) -> None:
 def test_refusals_for_ranks_and_shaping(tmp_path: Path) -> None:
     wide = [("model.layers.0.x", torch.randn(600, 530), torch.randn(530, 600))]
     source = write_adapter(tmp_path / "wide", wide, target_modules=["x"])
-    with pytest.raises(
-        ParaError, match=r"would have rank 530, but vLLM takes at most 512: compress with --max-rank 512"
-    ):
+    with pytest.raises(ParaError, match=r"would have rank 530, but vLLM takes at most 512: compress with max_rank=512"):
         para_ext.convert_adapter(source, tmp_path / "out", "vllm")
     with pytest.raises(ParaError, match=r"has rank 530, but this target takes at most 512: compress"):
         para_ext.convert_adapter(source, tmp_path / "out", "uniform")

@@ -13,11 +13,12 @@ Converting is to put the same slots into another format's Adapter, which then wr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -95,18 +96,31 @@ class Slot:
 AnySlot = TypeVar("AnySlot", bound=Slot, covariant=True)
 
 
+class Filled(NamedTuple):
+    """What :meth:`Adapter.fill` did.
+
+    Attributes:
+        notes: sentences for the report: what a reader of the output should know.
+        rounding: by member of a slot, an upper bound of what storage took from B'·A' beyond the factors' own rounding,
+            in ‖·‖_F; 0 if absent.
+    """
+
+    notes: Sequence[str] = ()
+    rounding: Mapping[str, float] = MappingProxyType({})
+
+
 class Written(NamedTuple):
     """What :meth:`Adapter.write` did.
 
     Attributes:
         size: bytes of the tensor file.
         left_out: the source's files that were not copied.
-        notes: sentences for the report: what a reader of the output should know.
+        filled: what :meth:`Adapter.fill` did.
     """
 
     size: int
     left_out: Sequence[str]
-    notes: Sequence[str]
+    filled: Filled
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -160,9 +174,7 @@ class Adapter(ABC, Generic[AnySlot]):
         """
 
     @abstractmethod
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """Write the format's own files into an empty folder.
 
         Args:
@@ -170,9 +182,6 @@ class Adapter(ABC, Generic[AnySlot]):
                 k = 0 means dropped.
             metadata: JSON text for ``para_ext`` in a header.
             code: the type of what else is written anew (lora_B.bias); None keeps its own.
-
-        Returns:
-            Notes, as in :class:`Written`.
         """
 
     def as_file(self, out: Path) -> bool:
@@ -196,7 +205,7 @@ class Adapter(ABC, Generic[AnySlot]):
         new_factors: Sequence[LoraFactors],
         *,
         metadata: str,
-        sidecar: Mapping[str, Any],
+        sidecar: Callable[[Filled], Mapping[str, Any]],
         code: str | None = None,
         overwrite: bool = False,
     ) -> Written:
@@ -206,7 +215,7 @@ class Adapter(ABC, Generic[AnySlot]):
             out: the folder or file to make.
             new_factors: see ``factors`` of :meth:`fill`.
             metadata, code: see :meth:`fill`.
-            sidecar: what para_ext.json holds; a single file has none.
+            sidecar: gives what para_ext.json holds; a single file has none.
             overwrite: replace an adapter that is already there.
 
         Raises:
@@ -216,24 +225,25 @@ class Adapter(ABC, Generic[AnySlot]):
         single = self.as_file(out)
         size = 0
         left_out: list[str] = []
-        notes: list[str] = []
+        filled = Filled()
 
         def fill(folder: Path) -> None:
-            nonlocal size
-            notes.extend(self.fill(folder, factors, metadata=metadata, code=code))
+            nonlocal size, filled
+            filled = self.fill(folder, factors, metadata=metadata, code=code)
             whole = "*" not in self.tensor_file  # else brackets in a name would be a pattern, too
-            files = [folder / self.tensor_file] if whole else folder.glob(self.tensor_file)
-            size = sum(path.stat().st_size for path in files)
+            tensors = [folder / self.tensor_file] if whole else folder.glob(self.tensor_file)
+            size = sum(path.stat().st_size for path in tensors)
             if not single:
-                write_json(folder / SIDECAR, sidecar)
                 if self.path.is_dir():
                     left_out.extend(copy_along(self.path, folder, own=self.weights.name))
+                files = sorted(path.name for path in folder.iterdir())
+                write_json(folder / SIDECAR, {**sidecar(filled), "files": files})
 
         if single:
             write_file(out, self.tensor_file, fill, overwrite=overwrite, source=self.path)
         else:
             write_folder(out, fill, overwrite=overwrite, source=self.path)
-        return Written(size, left_out, notes)
+        return Written(size, left_out, filled)
 
     def ranks(self, ranks: Mapping[str, int]) -> list[int]:
         """The rank of each slot's members; if all are 0, then 1 for the first slot and what shares its rank."""

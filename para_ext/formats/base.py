@@ -11,11 +11,17 @@ from typing import Any
 
 from ..errors import ParaError
 from ..naming import natural_key
+from .hub import located
 from .output import CONFIG
 from .tensors import read_json
 
+WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
+"""How the names of files with weights end, in whatever format."""
+
+MOST_LAYERS = 10_000  # ten times those of the deepest models: files are untrusted, and each layer costs time
+
 _INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
+_ONE_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +51,26 @@ class BaseModel:
         """How many layers it has.
 
         Raises:
+            ParaError: config.json does not say, or says what can't be.
+        """
+        layers = self.number("num_hidden_layers", "n_layer", "num_layers")
+        if layers > MOST_LAYERS:
+            raise ParaError(
+                f"'{self.folder / 'config.json'}' speaks of {layers} layers: give the folder of the base model"
+            )
+        return layers
+
+    def rows(self, projection: str) -> tuple[int, int]:
+        """Heads, and rows of a head, of an attention layer's ``q_proj`` or ``k_proj``.
+
+        Raises:
             ParaError: config.json does not say.
         """
-        return self.number("num_hidden_layers", "n_layer", "num_layers")
+        heads = self.number("num_attention_heads")
+        size = self.config.get("head_dim")
+        if type(size) is not int or size < 1:
+            size = self.number("hidden_size") // heads
+        return heads if projection == "q_proj" else self.number("num_key_value_heads", "num_attention_heads"), size
 
     def number(self, *keys: str) -> int:
         """The first of these settings that config.json has, a positive whole number."""
@@ -74,14 +97,16 @@ class BaseModel:
                 if Path(file).name != file or not (self.folder / file).is_file():
                     raise ParaError(f"'{index}' names {file!r:.100}, which is no file beside it: download it")
             return shards
-        whole = self.folder / _WHOLE
+        whole = self.folder / _ONE_FILE
         if not whole.is_file():
-            raise ParaError(f"'{self.folder}' holds neither {_WHOLE} nor {_INDEX}: save the base model as safetensors")
+            raise ParaError(
+                f"'{self.folder}' holds neither {_ONE_FILE} nor {_INDEX}: save the base model as safetensors"
+            )
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(whole, framework="numpy") as file:
-                return dict.fromkeys(file.keys(), _WHOLE)
+                return dict.fromkeys(file.keys(), _ONE_FILE)
         except (SafetensorError, OSError) as e:
             raise ParaError(f"'{whole}' is not a whole safetensors file: download or save it again") from e
 
@@ -112,20 +137,22 @@ class BaseModel:
         return renamed
 
 
-def read_base(path: Path) -> BaseModel:
+def read_base(source: str | Path, *, weights: bool = False) -> BaseModel:
     """Read a base model's config.json.
 
     Args:
-        path: its folder, or the config.json in it.
+        source: its folder, or the config.json in it; as a str also an id on the Hub (see ``hub.py``).
+        weights: of one on the Hub, fetch all that makes the model, not config.json alone.
 
     Raises:
         ParaError: there is none.
     """
+    path = located(source, _whole if weights else _config)
     if not path.exists():
-        raise ParaError(f"'{path}' does not exist: download the base model, and give its folder by --base")
+        raise ParaError(f"'{path}' does not exist: download the base model, and give its folder by base=")
     file = path / "config.json" if path.is_dir() else path
     if (path / CONFIG).is_file():
-        raise ParaError(f"'{path}' is an adapter: give the folder of its base model by --base")
+        raise ParaError(f"'{path}' is an adapter: give the folder of its base model by base=")
     if file.name != "config.json" or not file.is_file():
         raise ParaError(f"'{path}' is no base model, which has a config.json: give its folder")
     config = read_json(file)
@@ -133,3 +160,18 @@ def read_base(path: Path) -> BaseModel:
         if isinstance(config.get(part), dict):
             config = {**config, **config[part]}
     return BaseModel(file.parent, config)
+
+
+def _config(source: str, names: Sequence[str], file: str | None) -> Sequence[str]:
+    """Of a repository's files, what tells of the model."""
+    if "config.json" not in names:
+        raise ParaError(f"'{source}' is no base model, which has a config.json: give its folder or id")
+    return ["config.json"]
+
+
+def _whole(source: str, names: Sequence[str], file: str | None) -> Sequence[str]:
+    """Of a repository's files, those of the model as transformers saves it as safetensors."""
+    config = _config(source, names, file)
+    weights = [name for name in names if Path(name).suffix in WEIGHT_SUFFIXES]
+    shards = [name for name in weights if name.startswith("model") and name.endswith(".safetensors")]
+    return [*config, *(name for name in names if name not in weights and name not in config), *shards]

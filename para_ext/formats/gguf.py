@@ -7,7 +7,7 @@ q and k for interleaved rotary embeddings have their rows in another order, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..layout import FileLayout
-from .adapter import Adapter
+from .adapter import Adapter, Filled
 from .base import BaseModel
 from .output import GGUF
 from .peft import PeftAdapter, PeftSlot
@@ -66,9 +66,7 @@ class GgufAdapter(Adapter[PeftSlot]):
         """See :meth:`Adapter.layout`: no safetensors file is written."""
         return None
 
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """See :meth:`Adapter.fill`."""
         gguf = _library()
         architecture, interleaved = _ARCHITECTURES[self.base.kind]
@@ -79,10 +77,8 @@ class GgufAdapter(Adapter[PeftSlot]):
         writer.add_string("para_ext", metadata)
         pairs = self.pairs(factors)
         for slot, A, B in pairs:
-            if interleaved and slot.name.endswith(".q_proj"):
-                B = _interleaved(B, self.base.number("num_attention_heads"))
-            elif interleaved and slot.name.endswith(".k_proj"):
-                B = _interleaved(B, self.base.number("num_key_value_heads", "num_attention_heads"))
+            if interleaved and (projection := slot.name.rpartition(".")[2]) in ("q_proj", "k_proj"):
+                B = _interleaved(B, self.base.rows(projection)[0])
             for target, (a, b) in zip(self.targets[slot.name], _pairs(slot, A, B), strict=True):
                 for which, array in (("a", a), ("b", b)):
                     _add(gguf, writer, f"{target}.weight.lora_{which}", np.ascontiguousarray(array))
@@ -91,7 +87,8 @@ class GgufAdapter(Adapter[PeftSlot]):
         writer.write_tensors_to_file()
         writer.close()
         sixteen = any(A.dtype.itemsize == 2 or B.dtype.itemsize == 2 for _, A, B in pairs)
-        return ["llama.cpp rounds activations to 16 bits where factors have 16; --dtype fp32 avoids it."] * sixteen
+        note = "llama.cpp rounds activations to 16 bits where factors have 16; dtype='fp32' avoids it."
+        return Filled([note] * sixteen)
 
 
 def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
@@ -106,7 +103,7 @@ def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
     if base.kind not in _ARCHITECTURES:
         raise ParaError(
             f"'{base.folder}' is a {base.kind or 'model without model_type'}, whose weights GGUF may order otherwise; "
-            f"the target gguf is for {', '.join(_ARCHITECTURES)}: use --target merged and convert that"
+            f"the target gguf is for {', '.join(_ARCHITECTURES)}: use target='merged' and convert that"
         )
     gguf = _library()
     names = gguf.get_tensor_name_map(_architecture(gguf, base), max(base.layers, 1))
@@ -116,18 +113,19 @@ def for_llama_cpp(adapter: PeftAdapter, base: BaseModel) -> GgufAdapter:
         if not all(targets[slot.name]):
             raise ParaError(
                 f"module '{slot.name}' has no place in a GGUF of '{base.folder}': give its own base model, "
-                f"or use --target merged"
+                f"or use target='merged'"
             )
         for target in targets[slot.name]:
             if target in taken or len(f"{target}.weight.lora_a") > _LONGEST_NAME:
-                raise ParaError(f"module '{slot.name}' is '{target}' in GGUF, which is taken: use --target merged")
+                raise ParaError(f"module '{slot.name}' is '{target}' in GGUF, which is taken: use target='merged'")
             taken.add(target)
         if (len(slot.members) > 1 and not slot.experts) or slot.A.ndim > 2:
-            raise ParaError(f"module '{slot.name}' is no linear layer, which the target gguf needs: use --target peft")
+            raise ParaError(f"module '{slot.name}' is no linear layer, which the target gguf needs: use target='peft'")
+        _check_heads(slot, base)
         if base.tied and targets[slot.name][0] in ("token_embd", "output"):
             raise ParaError(
                 f"module '{slot.name}' shares its weight with another in '{base.folder}', and llama.cpp stops at an "
-                "adapter for one of them: use --target merged for an adapter of both, or leave it out"
+                "adapter for one of them: use target='merged' for an adapter of both, or leave it out"
             )
     return GgufAdapter(
         path=adapter.path,
@@ -165,11 +163,21 @@ def _pairs(slot: PeftSlot, A: NDArray[Any], B: NDArray[Any]) -> list[Pair]:
     return [(a, b)]
 
 
+def _check_heads(slot: PeftSlot, base: BaseModel) -> None:
+    """The base's heads must make up B's rows: another model of the same names would order them otherwise."""
+    projection = slot.name.rpartition(".")[2]
+    if projection in ("q_proj", "k_proj") and _ARCHITECTURES[base.kind][1]:
+        (heads, size), rows = base.rows(projection), slot.B.shape[0]
+        if heads * size != rows or size % 2:
+            raise ParaError(
+                f"module '{slot.name}' has {rows} rows, but '{base.folder}' has {heads} heads of {size}: give the base "
+                "model of this adapter by base="
+            )
+
+
 def _interleaved(B: NDArray[Any], heads: int) -> NDArray[Any]:
     """B [out, r] with its rows (head, half, i) in the order (head, i, half)."""
     out, r = B.shape
-    if out % (2 * heads):
-        raise ParaError(f"{out} rows do not make {heads} heads: give the base model of this adapter by --base")
     return B.reshape(heads, 2, out // heads // 2, r).swapaxes(1, 2).reshape(out, r)
 
 

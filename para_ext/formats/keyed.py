@@ -26,7 +26,7 @@ from ..errors import ParaError
 from ..factors import LoraFactors, written_code
 from ..naming import natural_key
 from . import names
-from .adapter import Adapter, Slot
+from .adapter import Adapter, Filled, Slot
 from .output import write_safetensors
 from .tensors import read_tensors, recognise, writable_code
 
@@ -132,9 +132,7 @@ class KeyedAdapter(Adapter[KeyedSlot]):
         longest = {slot.name: slot.A.shape[0] for slot in self.slots}
         return layout.FileLayout(tuple(slots), self._header(longest, metadata, ("0" * 64, "0" * 8), longest=True))
 
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """See :meth:`Adapter.fill`."""
         kept = self.pairs(factors)
         ranks = {slot.name: A.shape[0] for slot, A, _ in kept}
@@ -148,7 +146,7 @@ class KeyedAdapter(Adapter[KeyedSlot]):
         tensors |= {key: np.asarray(array, order="C") for key, array in self.foreign.items()}
         hashes = _hashes(tensors, self._header(ranks, metadata)) if "sshs_model_hash" in self.metadata else ("", "")
         write_safetensors(folder / self.tensor_file, tensors, self._header(ranks, metadata, hashes))
-        return []
+        return Filled()
 
     def _header(
         self, ranks: Mapping[str, int], metadata: str, hashes: tuple[str, str] = ("", ""), *, longest: bool = False
@@ -212,13 +210,13 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
             raise ParaError(f"'{weights}': tensor {key!r} looks like {what} but is no part of a LoRA pair; remove it")
     notes = []
     if any(slot.stem + _MID in tensors for slot in slots):
-        notes.append("Convolutions with a lora_mid are written without it, as plain ones of the same ΔW.")
+        notes.append("Convolutions with a lora_mid are written without it, as plain ones of the same ΔW in float32.")
     if not alphas and not settings and slots[0].style.name == "loralib":
         notes.append(
             "The file holds no alpha: give every layer the rank of its tensors and an alpha that keeps the old alpha/r."
         )
     if slots[0].style.name == "diffusers":
-        notes.append("Its keys are those of old diffusers, and stay so; --target diffusers writes today's.")
+        notes.append("Its keys are those of old diffusers, and stay so; target='diffusers' writes today's.")
     return KeyedAdapter(
         path=path,
         weights=weights,
@@ -291,8 +289,8 @@ def _pairs(tensors: Mapping[str, NDArray[Any]], file: Path) -> tuple[list[KeyedS
 
 
 def _absorbed(stem: str, down: NDArray[Any], mid: NDArray[Any]) -> NDArray[Any]:
-    """A [r, in, k, k] of a convolution kept as down [q, in, 1, 1] and mid [r, q, k, k] (LyCORIS: a Tucker form)."""
-    if mid.ndim != 4 or down.ndim != 4 or mid.shape[1] != down.shape[0] or down.shape[2:] != (1, 1):
+    """A [r, in, k, k] of a convolution kept as down [r, in, 1, 1] and mid [r, r, k, k] (LyCORIS: a Tucker form)."""
+    if mid.ndim != 4 or down.ndim != 4 or set(mid.shape[:2]) != {len(down)} or down.shape[2:] != (1, 1):
         raise ParaError(
             f"module '{stem}': lora_mid is {list(mid.shape)} and lora_down {list(down.shape)}, which do not fit; "
             "save the adapter again"

@@ -5,6 +5,8 @@ The one place where ΔW' = B'·A' is formed: it is what is asked for, a module a
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import as_tensor, dtype_name
+from ..arrays import UNIT_ROUNDOFF, as_tensor, dtype_name
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..layout import FileLayout
-from .adapter import Adapter
-from .base import BaseModel
+from ..progress import Meter, Progress
+from .adapter import Adapter, Filled
+from .base import WEIGHT_SUFFIXES, BaseModel
 from .output import write_safetensors
 from .peft import PREFIX, PeftAdapter, PeftSlot
 from .tensors import read_tensors
@@ -27,7 +30,6 @@ from .tensors import read_tensors
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
 # Models whose linear layers are Conv1D, which keeps weights transposed; PEFT knows them by their class.
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_NEVER = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
 
 
 class Piece(NamedTuple):
@@ -54,38 +56,48 @@ class MergedAdapter(Adapter[PeftSlot]):
         base: the model.
         pieces: what is added, by key of the base.
         saved: tensors of modules_to_save, by the key that they replace.
+        progress: told of the base's bytes as they are written.
     """
 
     tensor_file: str = "*.safetensors"
     base: BaseModel
     pieces: Mapping[str, Piece]
     saved: Mapping[str, NDArray[Any]]
+    progress: Progress | None = None
 
     def layout(self, code: str | None = None, metadata: str = "") -> FileLayout | None:
         """See :meth:`Adapter.layout`: its size does not depend on the ranks."""
         return None
 
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
-        """See :meth:`Adapter.fill`."""
-        for file in sorted(set(self.base.shards.values())):
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
+        """See :meth:`Adapter.fill`; the certificate is known when all is written, and stands in para_ext.json only."""
+        header_text = json.dumps({**json.loads(metadata), "error": None})
+        rounding: dict[str, float] = {}
+        files = sorted(set(self.base.shards.values()))
+        sizes = [(self.base.folder / file).stat().st_size for file in files]
+        meter = Meter(self.progress, f"merging into {len(files)} files", 2 * sum(sizes))
+        for file, size in zip(files, sizes, strict=True):
             tensors, header = read_tensors(self.base.folder / file)
             for key in tensors:
                 if key in self.saved:
                     tensors[key] = self.saved[key].astype(tensors[key].dtype)
                 elif key in self.pieces:
-                    tensors[key] = _merged(self.pieces[key], tensors[key], factors)
-            write_safetensors(folder / file, tensors, {**header, "format": "pt", "para_ext": metadata})
+                    tensors[key], lost = _merged(self.pieces[key], tensors[key], factors)
+                    for name, norm in lost.items():
+                        rounding[name] = math.hypot(rounding.get(name, 0.0), norm)
+                meter.add(tensors[key].nbytes)
+            write_safetensors(folder / file, tensors, {**header, "format": "pt", "para_ext": header_text})
+            meter.add(2 * size - sum(tensor.nbytes for tensor in tensors.values()))
         for path in sorted(self.base.folder.iterdir()):
             # Links too: in a hub's cache every file is one.
-            if path.is_file() and path.suffix not in _NEVER and path.name[0] != ".":
+            if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name[0] != ".":
                 shutil.copyfile(path, folder / path.name)
-        return [f"'{self.base.folder}' and the adapter in one: no runtime needs to know of LoRA."]
+        note = f"'{self.base.folder}' and the adapter in one: no runtime needs to know of LoRA."
+        return Filled([note], rounding)
 
 
-def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
-    """The adapter with its base model.
+def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None = None) -> MergedAdapter:
+    """The adapter with its base model; ``progress`` is told of the base's bytes as they are written.
 
     Raises:
         ParaError: a module has no weight in the base that it fits, or the adapter holds what cannot be merged.
@@ -96,14 +108,15 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
     shapes = _shapes(base)
     saved = {}
     for key, tensor in adapter.foreign.items():
-        name = _key(key.removeprefix(PREFIX), shapes)
+        name = _first(_candidates(key.removeprefix(PREFIX), base.kind), shapes)
         if not name or shapes[name] != tensor.shape:
             raise ParaError(
                 f"'{adapter.path}' also holds '{key}', which is no tensor of '{base.folder}' of its shape: give the "
                 "base model of this adapter"
             )
         saved[name] = tensor
-    flipped = bool(adapter.config.get("fan_in_fan_out")) or base.kind in _CONV1D
+    # Of a model that is not listed, fan_in_fan_out speaks of some layer: PEFT asks each one's class.
+    flipped = True if base.kind in _CONV1D else None if adapter.config.get("fan_in_fan_out") else False
     pieces: dict[str, Piece] = {}
     for slot in adapter.slots:
         found = _pieces(slot, base, shapes, flipped)
@@ -124,7 +137,7 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
     if base.tied and embedding:
         raise ParaError(
             f"'{embedding}' is one weight for input and output in '{base.folder}', of which the adapter changes "
-            "one side: it can't be merged; use --target peft"
+            "one side: it can't be merged; use target='peft'"
         )
     return MergedAdapter(
         path=adapter.path,
@@ -135,11 +148,14 @@ def for_merging(adapter: PeftAdapter, base: BaseModel) -> MergedAdapter:
         base=base,
         pieces=pieces,
         saved=saved,
+        progress=progress,
     )
 
 
-def _merged(piece: Piece, weight: NDArray[Any], factors: Mapping[str, LoraFactors]) -> NDArray[Any]:
-    """weight + ΔW', in fp64 and rounded once."""
+def _merged(
+    piece: Piece, weight: NDArray[Any], factors: Mapping[str, LoraFactors]
+) -> tuple[NDArray[Any], dict[str, float]]:
+    """weight + ΔW', in fp64 and rounded once; and what the rounding is at most in ‖·‖_F, by member."""
     slot = piece.slot
     members = slot.members if piece.expert is None else slot.members[piece.expert : piece.expert + 1]
     deltas = []
@@ -151,10 +167,20 @@ def _merged(piece: Piece, weight: NDArray[Any], factors: Mapping[str, LoraFactor
             delta = (as_tensor(new.B).double() @ as_tensor(new.A).double()).numpy()
         deltas.append(delta[piece.rows].T if piece.transposed else delta[piece.rows])
     delta = np.stack(deltas) if slot.experts else np.concatenate(deltas)
-    merged: NDArray[Any] = (weight.astype(np.float64) + delta.reshape(weight.shape)).astype(weight.dtype)
-    if not np.isfinite(merged.astype(np.float64)).all():
+    exact = weight.astype(np.float64) + delta.reshape(weight.shape)
+    with np.errstate(over="ignore"):
+        merged: NDArray[Any] = exact.astype(weight.dtype)
+    lost = (merged.astype(np.float64) - exact).reshape(delta.shape)
+    if not np.isfinite(lost).all():
         raise ParaError(f"module '{slot.name}': a weight exceeds the range of {dtype_name(weight.dtype)} when merged")
-    return merged
+    parts = lost if slot.experts else np.split(lost, np.cumsum([len(d) for d in deltas])[:-1])
+    # ΔW' = 0 adds nothing, nor does its rounding; fp64 sums are exact to their own unit roundoff.
+    bounds = {
+        member.name: float(np.linalg.norm(part)) * (1 + 1e-9) + UNIT_ROUNDOFF * float(np.linalg.norm(weight))
+        for member, part, d in zip(members, parts, deltas, strict=True)
+        if d.any()
+    }
+    return merged, bounds
 
 
 def _shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
@@ -168,19 +194,26 @@ def _shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _key(name: str, shapes: Mapping[str, Any]) -> str:
-    """The base's key for a tensor's name: they may differ by a first part, which heads put before their model."""
-    candidates = [name, name.partition(".")[2], f"model.{name}"]
-    return next((key for key in candidates if key in shapes), "")
+def _candidates(name: str, kind: str) -> list[str]:
+    """Keys that the base may have for a tensor's name: they may differ by what models with heads call their body."""
+    first, _, rest = name.partition(".")
+    bodies = {"model", "transformer", kind, *kind.replace("-", "_").split("_")}
+    return [name, *([rest] if first in bodies else []), f"model.{name}"]
 
 
-def _pieces(slot: PeftSlot, base: BaseModel, shapes: Mapping[str, tuple[int, ...]], flipped: bool) -> dict[str, Piece]:
+def _first(names: Sequence[str], there: Mapping[str, Any]) -> str:
+    return next((name for name in names if name in there), "")
+
+
+def _pieces(
+    slot: PeftSlot, base: BaseModel, shapes: Mapping[str, tuple[int, ...]], flipped: bool | None
+) -> dict[str, Piece]:
     """Where in the base the slot's ΔW goes; empty where nothing fits."""
-    name = slot.name if slot.experts else f"{slot.name}.weight"
-    if key := _key(name, shapes):
+    names = _candidates(slot.name if slot.experts else f"{slot.name}.weight", base.kind)
+    if key := _first(names, shapes):
         fits = _fits(slot, shapes[key], flipped)
         return {} if fits is None else {key: Piece(slot, transposed=fits)}
-    sources = next((base.renamed[n] for n in (name, name.partition(".")[2], f"model.{name}") if n in base.renamed), [])
+    sources = base.renamed.get(_first(names, base.renamed), [])
     if len(sources) == 1:
         key = sources[0][0]
         fits = _fits(slot, shapes.get(key, ()), flipped)
@@ -209,8 +242,12 @@ def _of_experts(
     return pieces if fits else {}
 
 
-def _fits(slot: PeftSlot, shape: tuple[int, ...], flipped: bool) -> bool | None:
-    """Whether the weight of this shape is ΔW's transpose; None where it is neither, or could be either."""
+def _fits(slot: PeftSlot, shape: tuple[int, ...], flipped: bool | None) -> bool | None:
+    """Whether the weight of this shape is ΔW's transpose; None where it is neither, or could be either.
+
+    Args:
+        flipped: whether plain layers keep weights transposed; None where the shape must tell.
+    """
     out, rest = slot.B.shape[0], slot.A.shape[1:]
     if slot.embedding:
         return True if shape == (*rest, out) else None
@@ -218,6 +255,7 @@ def _fits(slot: PeftSlot, shape: tuple[int, ...], flipped: bool) -> bool | None:
         m, n = slot.members[0].m, slot.members[0].n
         either: dict[tuple[int, ...], bool] = {(len(slot.members), m, n): False, (len(slot.members), n, m): True}
         return either.get(shape) if m != n else None
-    if flipped:
-        return True if shape == (*rest, out) else None
-    return False if shape == (out, *rest) else None
+    found: dict[tuple[int, ...], bool] = {(out, *rest): False, (*rest, out): True}
+    if flipped is None:
+        return found.get(shape) if len(found) == 2 else None
+    return flipped if shape == ((*rest, out) if flipped else (out, *rest)) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from .. import layout
 from ..errors import ParaError
 from ..factors import LoraFactors, written_code
 from ..naming import natural_key
-from .adapter import Adapter, Slot
+from .adapter import Adapter, Filled, Slot
 from .base import BaseModel
 from .output import CONFIG, MLX, write_json, write_safetensors
 from .peft import PeftAdapter, is_number
@@ -51,9 +51,7 @@ class MlxAdapter(Adapter[Slot]):
             slots.append(layout.Slot(slot.name + _B, new, (1, slot.B.shape[0]), 0, module))
         return layout.FileLayout(tuple(slots), {**self.metadata, "para_ext": metadata})
 
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """See :meth:`Adapter.fill`."""
         kept = self.pairs(factors)
         (rank,) = {A.shape[0] for _, A, _ in kept}
@@ -64,7 +62,7 @@ class MlxAdapter(Adapter[Slot]):
         parameters = {**self.config["lora_parameters"], "rank": rank, "scale": 1.0}
         write_safetensors(folder / MLX, tensors, {**self.metadata, "para_ext": metadata})
         write_json(folder / CONFIG, {**self.config, "lora_parameters": parameters})
-        return []
+        return Filled()
 
 
 def is_mlx(path: Path) -> bool:
@@ -140,11 +138,11 @@ def for_mlx(adapter: PeftAdapter, base: BaseModel | None) -> MlxAdapter:
             or slot.A.ndim > 2
             or slot.role == "tied"
         ):
-            raise ParaError(f"module '{slot.name}' has no name that is known in MLX: use --target merged")
+            raise ParaError(f"module '{slot.name}' has no name that is known in MLX: use target='merged'")
         if slot.embedding and (base is None or base.tied):
             raise ParaError(
                 f"module '{slot.name}' may share its weight with the output layer, which MLX would adapt too: give "
-                "a base model where it doesn't by --base, or use --target merged"
+                "a base model where it doesn't by base=, or use target='merged'"
             )
         layers += [int(number) + 1 for number in re.findall(r"\.(\d+)\.", name)[:1]]
         slots.append(Slot(name=name, A=slot.A, B=slot.B, embedding=slot.embedding, members=slot.members))

@@ -105,7 +105,7 @@ def check_out(out: Path, *, overwrite: bool, source: Path, file: bool = False) -
 
 
 def copy_along(source: Path, target: Path, own: str = WEIGHTS) -> list[str]:
-    """Copy model card, tokenizer, processor and chat-template files; regular files only, never links.
+    """Copy model card, tokenizer, processor and chat-template files; regular files only, and links of a hub's cache.
 
     Args:
         own: name of the source's tensor file.
@@ -118,7 +118,7 @@ def copy_along(source: Path, target: Path, own: str = WEIGHTS) -> list[str]:
     for path in sorted(source.iterdir()):
         if path.name in _REPLACED or path.name == own:
             continue
-        if path.is_file() and not path.is_symlink() and _goes_along(path.name):
+        if goes_along(path.name) and _holds_itself(path):
             shutil.copyfile(path, target / path.name)
         else:
             left_out.append(path.name)
@@ -160,8 +160,19 @@ def _sort_metadata(path: Path) -> None:
             file.write(text)
 
 
-def _goes_along(name: str) -> bool:
+def goes_along(name: str) -> bool:
+    """Whether a file of this name belongs to an adapter beside its own files."""
     return any(fnmatch(name, pattern) for pattern in _ALONG)
+
+
+def _holds_itself(path: Path) -> bool:
+    """Whether it is a regular file, or a link as a hub's cache has them: to ``blobs`` of its repository, or of all."""
+    if not path.is_symlink():
+        return path.is_file()
+    snapshots = path.parent.resolve().parent
+    stores = [snapshots.parent / "blobs", snapshots.parents[1] / "blobs"] if snapshots.name == "snapshots" else []
+    blob = path.resolve()
+    return blob.is_file() and any(blob.is_relative_to(store) for store in stores)
 
 
 def _check_apart(out: Path, source: Path) -> None:
@@ -176,35 +187,51 @@ def _check_apart(out: Path, source: Path) -> None:
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not overwrite:
-        raise ParaError(f"'{out}' exists: give a new folder, or --overwrite to replace the adapter in it")
+        raise ParaError(f"'{out}' exists: give a new folder, or overwrite=True to replace the adapter in it")
     if out.is_symlink() or not out.is_dir():
-        raise ParaError(f"'{out}' is not a folder, so --overwrite does not replace it: give another one")
+        raise ParaError(f"'{out}' is not a folder, so overwrite=True does not replace it: give another one")
     entries = sorted(out.iterdir())
     names = {path.name for path in entries}
     tensors = [path for path in entries if path.suffix in (".safetensors", ".gguf")]
     ours = SIDECAR in names and len(tensors) == 1
-    if not ours and not {CONFIG, WEIGHTS} <= names:
-        raise ParaError(f"'{out}' holds no adapter, so --overwrite does not replace it: give another folder")
-    foreign = [path.name for path in entries if not (_is_ours(path) or (ours and path in tensors and path.is_file()))]
+    recorded = _recorded(out / SIDECAR) if SIDECAR in names else set()
+    if not ours and not recorded and not {CONFIG, WEIGHTS} <= names:
+        raise ParaError(f"'{out}' holds no adapter, so overwrite=True does not replace it: give another folder")
+    listed = {path for path in entries if path.name in recorded or (ours and path in tensors)}
+    foreign = [path.name for path in entries if not (_is_ours(path) or (path in listed and _is_plain(path)))]
     if foreign:
         shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
-        raise ParaError(f"'{out}' also holds {shown}, so --overwrite does not replace it: move that away first")
+        raise ParaError(f"'{out}' also holds {shown}, so overwrite=True does not replace it: move that away first")
 
 
 def _check_replaceable_file(out: Path, overwrite: bool) -> None:
     if not overwrite:
-        raise ParaError(f"'{out}' exists: give a new name, or --overwrite to replace it")
+        raise ParaError(f"'{out}' exists: give a new name, or overwrite=True to replace it")
     if out.is_symlink() or not out.is_file():
-        raise ParaError(f"'{out}' is not a regular file, so --overwrite does not replace it: give another one")
+        raise ParaError(f"'{out}' is not a regular file, so overwrite=True does not replace it: give another one")
     with out.open("rb") as file:
         start = file.read(1 << 20)
     if b"para_ext" not in start:  # the header's key; in both kinds of file it stands near the start
-        raise ParaError(f"'{out}' was not written by para-ext, so --overwrite does not replace it: move it away first")
+        raise ParaError(
+            f"'{out}' was not written by para-ext, so overwrite=True does not replace it: move it away first"
+        )
 
 
 def _is_ours(path: Path) -> bool:
-    written = path.name in _WRITTEN or _goes_along(path.name)
-    return path.is_file() and not path.is_symlink() and written
+    return _is_plain(path) and (path.name in _WRITTEN or goes_along(path.name))
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _recorded(sidecar: Path) -> set[str]:
+    """The files that were written along with para_ext.json, by its own word."""
+    try:
+        files = json.loads(sidecar.read_text(encoding="utf-8")).get("files", [])
+        return {name for name in files if isinstance(name, str)}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return set()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from .. import layout
 from ..errors import ParaError
 from ..factors import LoraFactors, fold_bias, written_code
 from ..naming import natural_key
-from .adapter import Adapter, Slot
+from .adapter import Adapter, Filled, Slot
 from .output import CONFIG, PICKLED, WEIGHTS, write_json, write_safetensors
 from .peft_config import PatternKeys, Targets, oldest_peft, unit_scale_config
 from .tensors import read_json, read_tensors, recognise, writable_code
@@ -147,16 +147,14 @@ class PeftAdapter(Adapter[PeftSlot]):
             tied=[slot.name for slot in self.slots if slot.role == "tied"],
         )
 
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """See :meth:`Adapter.fill`."""
         tensors = self.tensors(factors, code)
         config = self.new_config({name: f.rank for name, f in factors.items()})
         write_safetensors(folder / WEIGHTS, tensors, self.header(metadata))
         write_json(folder / CONFIG, config)
         oldest = oldest_peft(config)
-        return [f"The ranks are written as patterns that need PEFT ≥ {oldest}."] if oldest else []
+        return Filled([f"The ranks are written as patterns that need PEFT ≥ {oldest}."] if oldest else [])
 
 
 def read_peft(path: Path, weights: Path | None = None) -> PeftAdapter:

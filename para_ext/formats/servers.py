@@ -20,6 +20,8 @@ from ..errors import ParaError
 from ..factors import LoraFactors
 from ..naming import module_type
 from . import names
+from .adapter import Filled
+from .base import MOST_LAYERS
 from .peft import PeftAdapter, PeftSlot
 
 UNIFORM_RANKS = (8, *range(16, 513, 16))
@@ -49,20 +51,20 @@ def check_plain(adapter: PeftAdapter, target: str, *, foreign: bool = False, bia
     diffusion = next((slot.name for slot in adapter.slots if names.placed(slot.name)), "")
     if diffusion and target in ("vllm", "trtllm"):
         raise ParaError(
-            f"module '{diffusion}' is of a diffusion model, which the target {target} is not for: use --target "
-            "diffusers or kohya"
+            f"module '{diffusion}' is of a diffusion model, which the target {target} is not for: use "
+            "target='diffusers' or target='kohya'"
         )
     for key, name in _PLAIN.items():
         if adapter.config.get(key):
-            raise ParaError(f"'{adapter.path}' uses {name}, which the target {target} can't express: use --target peft")
+            raise ParaError(f"'{adapter.path}' uses {name}, which the target {target} can't express: use target='peft'")
     biased = next((slot.name for slot in adapter.slots if slot.bias is not None), "")
     if biased and not bias:
-        raise ParaError(f"module '{biased}' has a lora_B.bias, which the target {target} ignores: use --target peft")
+        raise ParaError(f"module '{biased}' has a lora_B.bias, which the target {target} ignores: use target='peft'")
     if adapter.foreign and not foreign:
         key = next(iter(adapter.foreign))
         raise ParaError(
             f"'{adapter.path}' also holds '{key}' and {len(adapter.foreign) - 1} other tensors that are not LoRA's, "
-            f"which the target {target} would leave out: use --target peft or merged"
+            f"which the target {target} would leave out: use target='peft' or target='merged'"
         )
 
 
@@ -77,22 +79,20 @@ class VllmAdapter(PeftAdapter):
         if of_slots[largest] > VLLM_RANKS[-1]:
             raise ParaError(
                 f"module '{largest}' would have rank {of_slots[largest]}, but vLLM takes at most {VLLM_RANKS[-1]}: "
-                f"compress with --max-rank {VLLM_RANKS[-1]}"
+                f"compress with max_rank={VLLM_RANKS[-1]}"
             )
 
-    def fill(
-        self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None
-    ) -> Sequence[str]:
+    def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """See :meth:`Adapter.fill`."""
-        notes = super().fill(folder, factors, metadata=metadata, code=code)
+        notes, rounding = super().fill(folder, factors, metadata=metadata, code=code)
         largest = max(f.rank for f in factors.values())
         bucket = next(rank for rank in VLLM_RANKS if rank >= largest)
         below = max((rank for rank in VLLM_RANKS if rank < largest), default=1)
-        return [
-            *notes,
+        start = (
             f"vLLM: start with --max-lora-rank {bucket}. The memory of its slots depends on that alone, not on "
-            f"the ranks below it." + (f" With --max-rank {below} it would be smaller." if below > 1 else ""),
-        ]
+            f"the ranks below it." + (f" With max_rank={below} it would be smaller." if below > 1 else "")
+        )
+        return Filled([*notes, start], rounding)
 
 
 def for_vllm(adapter: PeftAdapter) -> VllmAdapter:
@@ -136,7 +136,7 @@ def uniform(adapter: PeftAdapter, layers: int | None = None) -> UniformAdapter:
     grouped = next((slot.name for slot in adapter.slots if slot.A.ndim > 2 and len(slot.members) > 1), "")
     if grouped:
         raise ParaError(
-            f"module '{grouped}' is a grouped convolution, which needs a rank of its own: use --target peft"
+            f"module '{grouped}' is a grouped convolution, which needs a rank of its own: use target='peft'"
         )
     added = _missing(adapter.slots, layers)
     notes = adapter.notes
@@ -172,7 +172,7 @@ def for_trtllm(adapter: PeftAdapter) -> TrtllmAdapter:
     several = next((slot.name for slot in adapter.slots if len(slot.members) > 1 or slot.A.ndim > 2), "")
     if several:
         raise ParaError(
-            f"module '{several}' is no plain linear layer, which the target trtllm needs: use --target peft"
+            f"module '{several}' is no plain linear layer, which the target trtllm needs: use target='peft'"
         )
     # By exclude_modules, because a target_modules that names what is kept would be no list of leaves.
     config = {"exclude_modules": None, **_by_leaf(adapter.config, adapter.slots)}
@@ -208,6 +208,8 @@ def _missing(slots: Sequence[PeftSlot], layers: int | None) -> list[PeftSlot]:
     for (stack, rest), present in kinds.items():
         # config.json counts the layers of the language model; other stacks (a vision tower) have their own number.
         last = layers if layers is not None and len(stacks) == 1 else max(stacks[stack]) + 1
+        if last > MOST_LAYERS:
+            raise ParaError(f"module '{stack}{last - 1}.{rest}' is of more layers than models have: is its name right?")
         for layer in range(last):
             if layer in present:
                 continue
@@ -216,7 +218,7 @@ def _missing(slots: Sequence[PeftSlot], layers: int | None) -> list[PeftSlot]:
             if len(shapes) > 1:
                 raise ParaError(
                     f"module '{name}' is not adapted and its shape is unknown, but the target uniform needs every "
-                    "layer: use --target peft"
+                    "layer: use target='peft'"
                 )
             added.append(_zero(next(iter(present.values())), name))
     return added

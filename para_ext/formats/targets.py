@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ParaError
+from ..progress import Progress
 from . import names
 from .adapter import Adapter, Slot
 from .base import BaseModel, read_base
@@ -22,20 +23,22 @@ class Wish:
     """What the caller asked for besides the target.
 
     Attributes:
-        base: the base model's folder, or its config.json.
+        base: the base model's folder, its config.json, or its id on the Hub.
+        progress: told of what takes long beside decomposing and truncating.
     """
 
-    base: Path | None = None
+    base: str | Path | None = None
+    progress: Progress | None = None
 
-    def model(self, target: str) -> BaseModel:
-        """The base model.
+    def model(self, target: str, *, weights: bool = False) -> BaseModel:
+        """The base model; of one on the Hub with its weights if they are asked for.
 
         Raises:
             ParaError: none was given, or it cannot be read.
         """
         if self.base is None:
-            raise ParaError(f"the target {target} needs the base model: give its folder by --base")
-        return read_base(self.base)
+            raise ParaError(f"the target {target} needs the base model: give its folder by base=")
+        return read_base(self.base, weights=weights)
 
 
 def housed(adapter: Adapter[Any], target: str | None, wish: Wish) -> Adapter[Any]:
@@ -69,7 +72,7 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
     if len(parts) > 1:
         raise ParaError(
             f"'{adapter.path}' adapts several models ({', '.join(part or 'one more' for part in parts)}), but a PEFT "
-            f"folder, which the target {target} writes, is for one: use --target diffusers"
+            f"folder, which the target {target} writes, is for one: use target='diffusers'"
         )
     _check_names(adapter, target)
     _check_lora_only(adapter, target)
@@ -79,6 +82,7 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
         slots.append(
             PeftSlot(name=name, path=PREFIX + name, A=slot.A, B=slot.B, embedding=slot.embedding, members=slot.members)
         )
+    _check_distinct(adapter, [slot.name for slot in slots], target)
     rank = max(slot.A.shape[0] for slot in slots)
     config = {
         "peft_type": "LORA",
@@ -187,8 +191,11 @@ def _mlx(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
 def _merged(adapter: Adapter[Any], wish: Wish) -> Adapter[Any]:
     from .merged import for_merging
 
-    return for_merging(as_peft(adapter, "merged"), wish.model("merged"))
+    return for_merging(as_peft(adapter, "merged"), wish.model("merged", weights=True), wish.progress)
 
+
+BASED = frozenset({"gguf", "merged", "mlx", "uniform"})
+"""Targets that read the base model, where it is given or must be."""
 
 TARGETS: Mapping[str, Callable[[Adapter[Any], Wish], Adapter[Any]]] = {
     "peft": _peft,
@@ -222,17 +229,30 @@ def _pipeline(adapter: Adapter[Any], target: str) -> list[tuple[Slot, str]]:
         if not name:
             raise ParaError(
                 f"module '{slot.name}' is of no diffusion model that is known, which the target {target} is for: "
-                "use --target peft"
+                "use target='peft'"
             )
         if slot.embedding or len(slot.members) > 1:
-            raise ParaError(f"module '{slot.name}' is no plain linear layer or convolution: use --target peft")
+            raise ParaError(f"module '{slot.name}' is no plain linear layer or convolution: use target='peft'")
         if target == "kohya" and "single_transformer_blocks." in name:
             raise ParaError(
                 f"module '{slot.name}' is Flux's as diffusers has it, which no reader of kohya's files takes: use "
-                "--target diffusers"
+                "target='diffusers'"
             )
         pipeline.append((slot, name))
+    _check_distinct(adapter, [name for _, name in pipeline], target)
     return pipeline
+
+
+def _check_distinct(adapter: Adapter[Any], there: Sequence[str], target: str) -> None:
+    """Two of the adapter's modules must not be one where their names are those of the target."""
+    first: dict[str, str] = {}
+    for slot, name in zip(adapter.slots, there, strict=True):
+        known = slot.stem if isinstance(slot, KeyedSlot) else slot.name
+        if first.setdefault(name, known) != known:
+            raise ParaError(
+                f"modules '{first[name]}' and '{known}' of '{adapter.path}' would both be '{name}' for the target "
+                f"{target}: leave one of them out"
+            )
 
 
 def _check_names(adapter: Adapter[Any], target: str) -> None:
@@ -240,20 +260,20 @@ def _check_names(adapter: Adapter[Any], target: str) -> None:
         if isinstance(slot, KeyedSlot) and not names.has_dots(slot.stem):
             raise ParaError(
                 f"module '{slot.name}' has a name whose dots are unknown, so that the target {target} can't be given "
-                "it: compress without --target to keep the names"
+                "it: compress without a target to keep the names"
             )
         if len(slot.members) > 1 and slot.A.ndim == 2 and not slot.experts:
             raise ParaError(
                 f"module '{slot.name}' is several layers in one, each with rows of its own in A, which the target "
-                f"{target} can't express: compress without --target"
+                f"{target} can't express: compress without a target"
             )
         if isinstance(slot, KeyedSlot) and slot.style.needs_all:
             raise ParaError(
-                f"module '{slot.name}' has a number for a name, as only its own format has: compress without --target"
+                f"module '{slot.name}' has a number for a name, as only its own format has: compress without a target"
             )
         if target == "diffusers" and names.original(slot.name):
             raise ParaError(
-                f"module '{slot.name}' is named as in the original model, not as in diffusers: use --target kohya, "
+                f"module '{slot.name}' is named as in the original model, not as in diffusers: use target='kohya', "
                 "which diffusers converts when it loads it"
             )
     if isinstance(adapter, KeyedAdapter) and not adapter.alphas and not adapter.settings:
@@ -261,7 +281,7 @@ def _check_names(adapter: Adapter[Any], target: str) -> None:
         if kept_apart is not None:
             raise ParaError(
                 f"'{adapter.path}' holds no alpha, which is kept elsewhere, so that the scale is unknown: give a PEFT "
-                "folder, with its adapter_config.json, or compress without --target"
+                "folder, with its adapter_config.json, or compress without a target"
             )
 
 
@@ -270,7 +290,7 @@ def _check_lora_only(adapter: Adapter[Any], target: str) -> None:
         key = next(iter(adapter.foreign))
         raise ParaError(
             f"'{adapter.path}' also holds '{key}' and {len(adapter.foreign) - 1} other tensors that are not LoRA's, "
-            f"which the target {target} would leave out: compress without --target to keep them"
+            f"which the target {target} would leave out: compress without a target to keep them"
         )
 
 

@@ -20,7 +20,7 @@ import para_ext
 from para_ext import LoraFactors, ParaError
 from para_ext.arrays import as_numpy, as_tensor, code_of, torch_dtype
 from para_ext.backends import Truncated
-from para_ext.gain import amplified
+from para_ext.rescaling import rescaled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +105,41 @@ def test_a_gain_rounds_once() -> None:
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("gain", [1.0, 3 / 7])
+def test_all_of_sigma_on_one_side(backend: str, code: str, side: str, gain: float) -> None:
+    """The other side is orthonormal but for its type's rounding, whether the rank falls, stays, or is filled up."""
+    ranks = [0, 1, 3, R, R + 2]
+    modules = [module(i, scale=0.7, code=code, decay=1.0) for i in range(len(ranks))]
+    decomposition = para_ext.decompose(modules, backend=backend)
+    plan = {f.name: k for f, k in zip(modules, ranks, strict=True)}
+    gains = dict.fromkeys(plan, gain)
+    for f, t, k in zip(modules, decomposition.truncate_certified(plan, None, gains, side), ranks, strict=True):
+        assert t.B.shape == (M, k) and t.A.shape == (k, N)
+        check(f, t, gain)
+        B, A = as_tensor(t.B).double() / gain, as_tensor(t.A).double()
+        kept = min(k, R)
+        for name, gram in (("B", B.T @ B), ("A", A @ A.T)):
+            sigma = torch.tensor(decomposition.spectra.columns[f.name])[:kept]
+            wanted = torch.diag(sigma.square() if name == side else torch.ones_like(sigma))
+            allowed = (
+                4 * R * torch.finfo(torch_dtype(code)).eps * (float(sigma[0]) ** 2 if name == side and kept else 1.0)
+            )
+            assert kept == 0 or float((gram[:kept, :kept] - wanted).abs().max()) <= allowed
+            assert not gram[kept:].any()
+
+
+def test_components_of_zero_stay_zero() -> None:
+    f = LoraFactors("x", np.diag([2.0, 1.0, 0.0]).astype(np.float32), np.eye(3, 5, dtype=np.float32))
+    (new,) = para_ext.decompose([f]).truncate({"x": 3}, balance="B")
+    assert torch.allclose(new.A @ new.A.T, torch.diag(torch.tensor([1.0, 1.0, 0.0])), atol=1e-6)
+    assert torch.isfinite(new.B).all()
+    with pytest.raises(ParaError, match="balance is 'C'; give one of even, A, B"):
+        para_ext.decompose([f]).truncate({"x": 3}, balance="C")
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -127,7 +162,7 @@ def test_amplified_from_any_approximation(
     exact = Truncated(
         near.numpy(), A.numpy(), float(((B.double() - near.double()) @ A.double()).norm()) * (1 + 1e-9), 0, 0
     )
-    new = amplified(f, exact, gain, code)
+    new = rescaled(f, exact, code, gain)
     assert code_of(new.B) == code_of(new.A) == code
     check(f, new, gain)
     unrounded: tuple[Tensor, ...] = (near.double() * gain, A.double())
@@ -143,5 +178,5 @@ def test_what_the_type_cannot_hold_is_refused(size: float, gain: float, why: str
     f = LoraFactors("layers.0.x", f.B * np.float32(size), f.A)
     if rank < R:  # balanced: the size is on both sides
         f = LoraFactors("layers.0.x", f.B * np.float32(size), f.A)
-    with pytest.raises(ParaError, match=rf"module 'layers\.0\.x': .*{why}.*--dtype"):
+    with pytest.raises(ParaError, match=rf"module 'layers\.0\.x': .*{why}.*dtype="):
         para_ext.decompose([f]).truncate_certified({"layers.0.x": rank}, "F16", {"layers.0.x": gain})
