@@ -156,8 +156,8 @@ class Results:
 
     @property
     def tasks(self) -> list[str]:
-        """In the order of the file."""
-        return list(dict.fromkeys(row.task for row in self.rows))
+        """Those with a LoRA, in the order of the file."""
+        return list(dict.fromkeys(row.task for row in self.rows if row.method == "lora"))
 
     def methods(self, task: str) -> list[str]:
         """Those with a budget in parameters."""

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / "figures"
 DOCUMENTS = (ROOT / "docs" / "evidence.md", ROOT / "README.md")
-HEADLINE_TASKS = 2  # those of the primary grid
+HEADLINE_TASKS = 3  # one for each model
 HEADLINE = ("sigma", "density", "uniform", "trained-low")
 PAIRS = (
     ("sigma", "uniform"),
@@ -40,6 +40,7 @@ PAIRS = (
     ("adalora", "trained-low"),
     ("density", "adalora"),
 )
+WORK = {"trainings": "trainings", "cells": "measurements"}
 WHOLE = ("lora-tuned",)  # without a budget
 
 
@@ -186,9 +187,8 @@ def times(folder: Path) -> str:
     for name in ("trainings", "cells"):
         with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                method = row.get("method")
-                of_primary = method in (*figures.SHOWN, "head", "lora")
-                what = "measurements" if of_primary else "trainings" if method is None else "measurements, secondary"
+                of_primary = row["method"] in (*figures.SHOWN, "head", "lora")
+                what = f"{WORK[name]}{'' if of_primary else ', secondary'}"
                 found.setdefault((row["task"], what), []).append(row)
     rows = []
     for (task, what), mine in found.items():

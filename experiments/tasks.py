@@ -312,7 +312,7 @@ TASKS = {
         Task("rotten-tomatoes-qv", rotten_tomatoes, MiniLM, 2, ("query", "value"), 32, 1e-3),
         Task("imdb", imdb, MiniLM, 2, ENCODER, 64, 1e-3),
         Task("vader", vader, MiniLM, 2, ENCODER, 64, 1e-3),
-        Task("fashion-mnist", fashion_mnist, EfficientNet, 10, CONVS, 32, 4e-3, batch=64),
+        Task("fashion-mnist", fashion_mnist, EfficientNet, 10, CONVS, 32, 4e-3, batch=64, adalora_rate=1.25e-2),
         Task("garments", garments, VisionTransformer, 5, BLOCKS, 32, 4e-3, batch=64, epochs=2, adalora_rate=1.25e-2),
     )
 }
