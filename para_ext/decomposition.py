@@ -393,3 +393,18 @@ def _norm(x: Array) -> float:
     import torch
 
     return float(torch.linalg.vector_norm(as_tensor(x), dtype=torch.float64))
+
+
+def on_device(factors: Iterable[LoraFactors], device: str, backend: str | None) -> Iterable[LoraFactors]:
+    if device == "auto" and backend == "cuda":
+        cuda_backend(required=True)
+        device = "cuda"
+    if device in ("auto", "cpu"):
+        return factors
+    if device != "cuda":
+        raise ParaError(f"device '{device}' is unknown; use auto, cpu or cuda")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ParaError("no CUDA device is available to PyTorch; use the device cpu")
+    return [replace(f, B=as_tensor(f.B).to(device), A=as_tensor(f.A).to(device)) for f in factors]
