@@ -32,6 +32,8 @@ def check_optimizer(optimizer: object) -> None:
         raise ParaError(
             f"a {type(optimizer).__name__} is not a torch.optim.Optimizer: compress first, then build the optimizer"
         )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ParaError("LBFGS remembers all parameters as one vector: compress first, then build the optimizer")
 
 
 def carry_over(optimizer: torch.optim.Optimizer, exchanges: Iterable[Exchange]) -> None:

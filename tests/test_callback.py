@@ -159,6 +159,8 @@ def test_what_is_no_optimizer_is_refused_and_the_model_stays() -> None:
     before = {name: p.clone() for name, p in trained(model).items()}
     with pytest.raises(ParaError, match=r"a str is not a torch.optim.Optimizer: compress first"):
         para_ext.compress_model(model, optimizer="adam", rank=2)  # type: ignore[arg-type]
+    with pytest.raises(ParaError, match=r"LBFGS remembers all parameters as one vector"):
+        para_ext.compress_model(model, optimizer=torch.optim.LBFGS(trained(model).values()), rank=2)
     assert all(torch.equal(p, before[name]) for name, p in trained(model).items())
 
 
