@@ -389,7 +389,9 @@ def _fold_scale(f: LoraFactors, code: str | None, gain: float) -> Truncated:
 
 
 def _norm(x: Array) -> float:
-    """‖x‖_F in fp64."""
+    """‖x‖_F in fp64; of numpy arrays without PyTorch, whose import takes longer."""
+    if isinstance(x, np.ndarray):
+        return float(np.linalg.norm(x.astype(np.float64)))
     import torch
 
     return float(torch.linalg.vector_norm(as_tensor(x), dtype=torch.float64))

@@ -78,7 +78,14 @@ def budgets(keep: Any, budget: dict[str, Any]) -> Plans:
     def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
         chosen, notes = choose({**budget, "keep": keeps[0]}, spectra)
         shaped = _shaped(chosen, adapter.shaping, keeps)
-        made = [spectra.plan(**(shaped if k is None else {**shaped, "keep": k})) for k in keeps]
+        try:
+            made = [spectra.plan(**(shaped if k is None else {**shaped, "keep": k})) for k in keeps]
+        except ParaError as e:
+            if "allowed_ranks" in given(budget) or "allowed_ranks" not in adapter.shaping:
+                raise
+            raise ParaError(
+                f"{e}; ranks are 8, 16, 32 … for this target: where its reader takes any, give allowed_ranks=[1,2,4,6]"
+            ) from e
         return [_Planned(f"keep-{plan.value:g}" if isinstance(keep, list) else "", plan, notes) for plan in made]
 
     return plans

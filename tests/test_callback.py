@@ -144,6 +144,17 @@ def test_an_optimizer_holds_the_new_parameters_only_and_goes_on(make: Any) -> No
     fresh.load_state_dict(state)
 
 
+def test_moments_are_of_the_new_factors_type() -> None:
+    model = randomize(llama()).bfloat16()
+    optimizer = torch.optim.AdamW(trained(model).values())
+    for dtype in (torch.float32, torch.bfloat16):
+        gradients(model)
+        optimizer.step()
+        para_ext.compress_model(model, optimizer=optimizer, keep=0.5, dtype=dtype)
+        assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {dtype}
+        model.to(dtype)
+
+
 def test_state_that_cannot_be_carried_over_starts_anew() -> None:
     model = randomize(llama())
     optimizer = torch.optim.Adagrad(trained(model).values())  # sums of squares, under another name
