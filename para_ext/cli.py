@@ -38,7 +38,7 @@ def cli() -> None:
       para-ext compress adapter/ small/ --keep 25%         a quarter of the parameters
       para-ext verify adapter/ small/ --min-energy 0.9
 
-    Exit codes: 0 done, 1 refused or a bound violated, 2 wrong usage, 130 interrupted.
+    Exit codes: 0 done, 1 refused or a bound violated, 2 wrong usage, 130 and 143 interrupted.
     """
 
 

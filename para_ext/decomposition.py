@@ -389,7 +389,24 @@ def _fold_scale(f: LoraFactors, code: str | None, gain: float) -> Truncated:
 
 
 def _norm(x: Array) -> float:
-    """‖x‖_F in fp64."""
+    """‖x‖_F in fp64; of numpy arrays without PyTorch, whose import takes longer."""
+    if isinstance(x, np.ndarray):
+        return float(np.linalg.norm(x.astype(np.float64)))
     import torch
 
     return float(torch.linalg.vector_norm(as_tensor(x), dtype=torch.float64))
+
+
+def on_device(factors: Iterable[LoraFactors], device: str, backend: str | None) -> Iterable[LoraFactors]:
+    if device == "auto" and backend == "cuda":
+        cuda_backend(required=True)
+        device = "cuda"
+    if device in ("auto", "cpu"):
+        return factors
+    if device != "cuda":
+        raise ParaError(f"device '{device}' is unknown; use auto, cpu or cuda")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ParaError("no CUDA device is available to PyTorch; use the device cpu")
+    return [replace(f, B=as_tensor(f.B).to(device), A=as_tensor(f.A).to(device)) for f in factors]

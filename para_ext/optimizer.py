@@ -32,6 +32,8 @@ def check_optimizer(optimizer: object) -> None:
         raise ParaError(
             f"a {type(optimizer).__name__} is not a torch.optim.Optimizer: compress first, then build the optimizer"
         )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ParaError("LBFGS remembers all parameters as one vector: compress first, then build the optimizer")
 
 
 def carry_over(optimizer: torch.optim.Optimizer, exchanges: Iterable[Exchange]) -> None:
@@ -69,7 +71,7 @@ def _states(optimizer: torch.optim.Optimizer, exchange: Exchange) -> dict[Tensor
     for old, new, left, right in ((B, new_B, None, T.T), (A, new_A, C.T, None)):
         state = optimizer.state.get(old)
         if state and all(key in (*_MEANS, *_SQUARES) for key, value in state.items() if not _is_number(value)):
-            states[old] = {key: _carried(key, value, new, left, right) for key, value in state.items()}
+            states[old] = {key: _carried(key, value, old, new, left, right) for key, value in state.items()}
     return states
 
 
@@ -78,7 +80,7 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.dim() == 0
 
 
-def _carried(key: str, value: Any, new: Tensor, left: Tensor | None, right: Tensor | None) -> Any:
+def _carried(key: str, value: Any, old: Tensor, new: Tensor, left: Tensor | None, right: Tensor | None) -> Any:
     """left · value · right, of the squares of both for a mean of squares."""
     if _is_number(value):
         return value.clone() if isinstance(value, Tensor) else value
@@ -87,7 +89,7 @@ def _carried(key: str, value: Any, new: Tensor, left: Tensor | None, right: Tens
         if factor is not None:
             weights = factor.square() if key in _SQUARES else factor
             product = weights @ product if on_left else product @ weights
-    return product.reshape(new.shape).to(value.dtype)
+    return product.reshape(new.shape).to(new.dtype if value.dtype == old.dtype else value.dtype)
 
 
 def _solution(X: Tensor, Y: Tensor) -> Tensor:

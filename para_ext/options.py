@@ -60,7 +60,7 @@ def together(*options: Decorator[Any]) -> Decorator[Any]:
     return decorate
 
 
-_budget = partial(click.option, cls=Option, section="Budget: one at most; --energy 0.95 without any, nor shaping")
+_budget = partial(click.option, cls=Option, section="Budget: one at most (README has what is kept without any)")
 _shaping = partial(click.option, cls=Option, section="Shape of the ranks")
 _reader = partial(click.option, cls=Option, section="Reader")
 _output = partial(click.option, cls=Option, section="Output")

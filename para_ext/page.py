@@ -22,7 +22,7 @@ from typing import Any
 
 from . import __version__
 from .charts import DEFAULT, Choice, RankMap, choices, uniform
-from .compress import HEADER_TEXT, decompose, verify
+from .compress import decompose, verify
 from .errors import ParaError
 from .factors import LoraFactors
 from .formats import place_of, read_adapter
@@ -32,6 +32,7 @@ from .layout import checked
 from .naming import module_type, natural_key
 from .progress import Progress
 from .report import Report, at_most, megabytes, percent, span
+from .rewriting import HEADER_TEXT
 from .spectra import Spectra
 from .whole_file import check_new, write_text
 

@@ -419,7 +419,7 @@ class _Blocks:
             if not count:
                 raise ParaError(
                     f"module '{tied.name}' can take no rank from 1 to {n}, all it has: "
-                    "change multiple_of, allowed_ranks or max_rank so that one of these is allowed"
+                    "change multiple_of, allowed_ranks=[1,2,4,8] or max_rank so that one of these is allowed"
                 )
         cell = np.repeat(np.arange(len(cells)), counts)
         number = _positions(counts)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import SCHEMA
+from . import SCHEMA, __version__
 from .arrays import UNIT_ROUNDOFF
+from .errors import ParaError
 from .naming import module_type
 from .plan import Plan
 from .spectra import Spectra
 from .whole_file import write_text
+
+if TYPE_CHECKING:
+    from .backends import Truncated
+    from .decomposition import Decomposition
 
 LOW_ENERGY = 0.90
 GOOD_ENERGY = 0.95
@@ -167,6 +173,85 @@ class Report:
             parts.append(f"threshold {self.plan.threshold:.4g} ({'σ' if self.plan.score == 'sigma' else 'σ²/(m+n)'})")
         parts.append(f"{self.seconds:.2f} s")
         return ", ".join(parts)
+
+
+def reported(
+    spectra: Spectra,
+    plan: Plan,
+    new: Sequence[Truncated] | None,
+    *,
+    source: str,
+    start: float,
+    decomposition: Decomposition | None = None,
+    truncates: bool = True,
+) -> Report:
+    """What is to be said of a plan, and of the new factors where it was carried out.
+
+    Args:
+        new: in the order of the modules; None: predicted only.
+        source: of what, in words.
+        start: of the clock ``time.perf_counter``.
+        decomposition: that did the work.
+        truncates: False where nothing was to be lost.
+    """
+    predicted = [plan.errors[module.name] for module in spectra.modules]
+    errors = predicted if new is None else [t.error for t in new]
+    notes = []
+    floored = sum(module.min_rank > 0 for module in spectra.modules)
+    if floored:
+        notes.append(
+            f"Rank ≥ 1 is kept in {floored} of {len(spectra.modules)} modules, which can't be left out (DoRA, a bias, "
+            "other weights of their own, or the format counts modules; with DoRA the error is that of B·A alone)."
+        )
+    if spectra.modules and spectra.energy == 0:
+        notes.append("ΔW is zero in every module: is this adapter trained?")
+    if plan.energy < LOW_ENERGY:
+        notes.append(f"Energy kept is below {LOW_ENERGY:.0%}; {_better(spectra, plan)}.")
+    if plan.shaping.get("uniform"):
+        free = spectra.plan(params=plan.parameters_after)
+        if percent(free.energy) != percent(plan.energy):
+            notes.append(
+                f"Without one rank for all, as many parameters would keep {percent(free.energy)} of the energy, not "
+                f"{percent(plan.energy)}."
+            )
+        if plan.parameters_after >= plan.parameters_before:
+            notes.append(
+                f"Nothing is saved: one rank for all is {max(plan.ranks.values())} here. For a reader that takes any "
+                "rank, allow smaller ones: allowed_ranks=[1, 2, 4, 6].",
+            )
+    if plan.budget is None and truncates:
+        notes.append("No budget was given, so everything that the shaping allows is kept; energy=0.95 is a good one.")
+    elif not plan.shaping.get("uniform") and plan.unshaped_energy is not None and plan.unshaped_energy > plan.energy:
+        notes.append(f"Without shaping the same budget would keep {plan.unshaped_energy:.2%} of the energy.")
+    undecided = undecided_components(spectra, plan, decomposition.betas) if decomposition else ()
+    if undecided:
+        notes.append(
+            f"{len(undecided)} components are equal to the threshold within rounding; another backend may choose "
+            "others among them."
+        )
+    return Report(
+        plan=plan,
+        modules=module_reports(spectra, plan, errors),
+        source=source,
+        backends=decomposition.backends if decomposition else (),
+        undecided=undecided,
+        notes=tuple(notes),
+        seconds=time.perf_counter() - start,
+        version=__version__,
+        predicted=new is None,
+    )
+
+
+def _better(spectra: Spectra, plan: Plan) -> str:
+    """The `keep` that would give enough energy with the same shaping."""
+    try:
+        better = spectra.plan(energy=GOOD_ENERGY, score=plan.score, **plan.shaping)
+    except ParaError:
+        return f"with this shaping no budget gives {GOOD_ENERGY:.0%}"
+    fraction = -(-better.parameters_after * 1000 // better.parameters_before) / 1000
+    if plan.score == "sigma" and plan.budget in ("keep", "params", "size"):
+        return f"energy={GOOD_ENERGY:g} would take {fraction:.1%} of the parameters"
+    return f"keep={fraction:g} would give {GOOD_ENERGY:.0%}"
 
 
 def stored(report: Report, rounding: Mapping[str, float]) -> Report:

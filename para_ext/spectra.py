@@ -142,7 +142,9 @@ class Spectra:
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ParaError(f"{path} cannot be read, {error.strerror}: give a file that Spectra.save wrote") from error
+            raise ParaError(
+                f"{path} cannot be read, {error.strerror}: give a file that inspect or save wrote"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise ParaError(f"{path} is not JSON: give a file that Spectra.save wrote") from error
         try:

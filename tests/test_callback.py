@@ -144,6 +144,17 @@ def test_an_optimizer_holds_the_new_parameters_only_and_goes_on(make: Any) -> No
     fresh.load_state_dict(state)
 
 
+def test_moments_are_of_the_new_factors_type() -> None:
+    model = randomize(llama()).bfloat16()
+    optimizer = torch.optim.AdamW(trained(model).values())
+    for dtype in (torch.float32, torch.bfloat16):
+        gradients(model)
+        optimizer.step()
+        para_ext.compress_model(model, optimizer=optimizer, keep=0.5, dtype=dtype)
+        assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {dtype}
+        model.to(dtype)
+
+
 def test_state_that_cannot_be_carried_over_starts_anew() -> None:
     model = randomize(llama())
     optimizer = torch.optim.Adagrad(trained(model).values())  # sums of squares, under another name
@@ -159,6 +170,8 @@ def test_what_is_no_optimizer_is_refused_and_the_model_stays() -> None:
     before = {name: p.clone() for name, p in trained(model).items()}
     with pytest.raises(ParaError, match=r"a str is not a torch.optim.Optimizer: compress first"):
         para_ext.compress_model(model, optimizer="adam", rank=2)  # type: ignore[arg-type]
+    with pytest.raises(ParaError, match=r"LBFGS remembers all parameters as one vector"):
+        para_ext.compress_model(model, optimizer=torch.optim.LBFGS(trained(model).values()), rank=2)
     assert all(torch.equal(p, before[name]) for name, p in trained(model).items())
 
 

@@ -82,7 +82,7 @@ def read_adapter(source: str | Path) -> Adapter[Any]:
         if len(files) > 1:
             raise ParaError(f"'{path}' holds {len(files)} tensor files, such as '{files[0].name}': give one of them")
         return read_keyed(path, files[0])
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and path.is_file():
         raise ParaError(f"'{path}' is a GGUF file, which is written here but not read: give the adapter it was made of")
     if not path.is_file():
         raise ParaError(f"'{path}' does not exist: give the folder or file that the adapter was saved in")

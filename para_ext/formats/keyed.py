@@ -146,7 +146,8 @@ class KeyedAdapter(Adapter[KeyedSlot]):
         tensors |= {key: np.asarray(array, order="C") for key, array in self.foreign.items()}
         hashes = _hashes(tensors, self._header(ranks, metadata)) if "sshs_model_hash" in self.metadata else ("", "")
         write_safetensors(folder / self.tensor_file, tensors, self._header(ranks, metadata, hashes))
-        return Filled()
+        old = self.slots[0].style.name == "diffusers"
+        return Filled(["The keys are those of old diffusers, as they were; target='diffusers' writes today's."] * old)
 
     def _header(
         self, ranks: Mapping[str, int], metadata: str, hashes: tuple[str, str] = ("", ""), *, longest: bool = False
@@ -215,8 +216,6 @@ def read_keyed(path: Path, weights: Path) -> KeyedAdapter:
         notes.append(
             "The file holds no alpha: give every layer the rank of its tensors and an alpha that keeps the old alpha/r."
         )
-    if slots[0].style.name == "diffusers":
-        notes.append("Its keys are those of old diffusers, and stay so; target='diffusers' writes today's.")
     return KeyedAdapter(
         path=path,
         weights=weights,
