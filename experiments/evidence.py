@@ -108,8 +108,8 @@ def rates(out: Path, tasks: Sequence[str]) -> None:
     path = RESULTS / "rates.csv"
     there = {(r["task"], r["method"], r["rank"], r["learning_rate"]) for r in _read(path)}
     measured = Grid(out)
-    for name, tried in ((name, tried) for name, tried in RATES.items() if name in tasks):
-        task = grid.TASKS[name]
+    for name in (name for name in RATES if name in tasks):
+        task, tried = grid.TASKS[name], RATES[name]
         adalora = [(task.rank // 4, rate, "adalora") for rate in ADALORA_RATES]
         for rank, rate, method in (*((*pair, "lora") for pair in tried), *adalora):
             settings = {"task": name, "method": method, "rank": str(rank), "learning_rate": f"{rate:g}"}

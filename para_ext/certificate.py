@@ -48,13 +48,12 @@ def difference_and_norm(B: Array, A: Array, scale: float, B2: Array, A2: Array) 
         return math.inf, math.inf
     X, Y, exponent = joined((B, A, scale), (B2, A2, -1.0))
     r, exact = B.shape[1], abs(math.frexp(scale)[0]) == 0.5
-    R_X, R_Y = triangle(X), triangle(Y)
-    whole = _ldexp(float(torch.linalg.matrix_norm(R_X[:, :r] @ R_Y[:, :r].mT)), exponent)
     if exact and torch.equal(X[:, :r], -X[:, r:]) and torch.equal(Y[:, :r], Y[:, r:]):
-        return 0.0, whole
-    distance = torch.linalg.matrix_norm(R_X @ R_Y.mT)
+        return 0.0, norm(B, A, scale)
+    R_X, R_Y = triangle(X), triangle(Y)
+    whole, distance = (torch.linalg.matrix_norm(R_X[:, :k] @ R_Y[:, :k].mT) for k in (r, X.shape[1]))
     floor = SAFETY * X.shape[1] * UNIT_ROUNDOFF * (X.norm(dim=0) @ Y.norm(dim=0))
-    return _ldexp(float(distance + floor), exponent), whole
+    return _ldexp(float(distance + floor), exponent), _ldexp(float(whole), exponent)
 
 
 @torch.no_grad()

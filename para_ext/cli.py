@@ -84,18 +84,7 @@ def inspect(
 @cli.command()
 @click.argument("adapter", type=ADAPTER)
 @click.argument("out", type=click.Path())
-@options.plan_options
-@options.targets
-@options.base
-@options.dtype
-@options.dry_run
-@options.balance
-@options.report
-@options.overwrite
-@options.device
-@options.backend
-@options.threads
-@options.as_json
+@options.rewriting
 def compress(adapter: str, out: str, report: str | None, as_json: bool, **given: Any) -> None:
     """Compress ADAPTER into the new folder or file OUT.
 
@@ -119,18 +108,7 @@ def compress(adapter: str, out: str, report: str | None, as_json: bool, **given:
 @cli.command()
 @click.argument("adapters", nargs=-1, required=True, type=ADAPTER, metavar="ADAPTER=WEIGHT…")
 @click.option("-o", "--out", type=click.Path(), required=True, help="The new folder or file.")
-@options.plan_options
-@options.targets
-@options.base
-@options.dtype
-@options.dry_run
-@options.balance
-@options.report
-@options.overwrite
-@options.device
-@options.backend
-@options.threads
-@options.as_json
+@options.rewriting
 def merge(adapters: tuple[str, ...], out: str, report: str | None, as_json: bool, **given: Any) -> None:
     """Write a weighted sum of adapters as one, exact, or truncated where a budget is given.
 

@@ -159,6 +159,7 @@ class Decomposition:
             raise ParaError(f"balance is {shown(balance)}; give one of {', '.join(BALANCES)}")
         results: list[Truncated | None] = [None] * len(self.factors)
         gain = [(gains or {}).get(f.name, 1.0) for f in self.factors]
+        as_truncated = [g == 1 and balance == "even" for g in gain]
         unchanged = [i for i, f in enumerate(self.factors) if ranks[i] >= f.rank and balance == "even"]
         for i in unchanged:
             results[i] = _fold_exactly(self.factors[i], code, gain[i])
@@ -177,11 +178,7 @@ class Decomposition:
             part_ranks = [0 if results[i] is not None else min(ranks[i], self.factors[i].rank) for i in members]
             part = [self.factors[i] for i in members]
             # What is rescaled is rounded to 16 bits after that, and only then.
-            as_they_are = [gain[i] == 1 and balance == "even" for i in members]
-            codes = [
-                written[i] if same or written[i] == "F64" else "F32"
-                for i, same in zip(members, as_they_are, strict=True)
-            ]
+            codes = [written[i] if as_truncated[i] or written[i] == "F64" else "F32" for i in members]
             for i, new in zip(members, stages.truncate(part, cores, part_ranks, codes, self.threads), strict=True):
                 if results[i] is None:
                     results[i] = new
@@ -189,9 +186,7 @@ class Decomposition:
                 meter.add(sum(f.bytes for f in part))
         as_before = set(unchanged)
         rescale = [
-            (i, new)
-            for i, new in enumerate(results)
-            if new and i not in as_before and ranks[i] and (gain[i] != 1 or balance != "even")
+            (i, new) for i, new in enumerate(results) if new and i not in as_before and ranks[i] and not as_truncated[i]
         ]
 
         def scaled(work: tuple[int, Truncated]) -> Truncated:
@@ -206,7 +201,7 @@ class Decomposition:
                     results[i] = _filled(new, ranks[i])
         new_factors = [result for result in results if result is not None]
         for i, new in enumerate(new_factors):
-            self._check_rounding(i, new, balanced=i not in as_before and gain[i] == 1 and balance == "even")
+            self._check_rounding(i, new, balanced=i not in as_before and as_truncated[i])
         return new_factors
 
     def _ranks(self, ranks: Mapping[str, int]) -> list[int]:

@@ -137,6 +137,11 @@ threads = _work(
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 
+rewriting = together(
+    plan_options, targets, base, dtype, dry_run, balance, report, overwrite, device, backend, threads, as_json
+)
+"""What `compress_adapter` and `merge_adapters` take, all but adapters and output."""
+
 
 def part(text: str) -> float:
     """A part of a whole, 0.95 or 95%."""
