@@ -131,17 +131,21 @@ def has_dots(stem: str) -> bool:
 
 
 def dotted(flat: str) -> str:
-    """The name whose dots are spelt as underscores; empty where a word is unknown."""
-    parts, name = flat.split("_"), []
-    while parts:
-        for length in range(min(_LONGEST, len(parts)), 0, -1):
-            word = "_".join(parts[:length])
-            if word in _WORDS or word.isdecimal():
-                name.append(word)
-                del parts[:length]
+    """The name whose dots are spelt as underscores, of the longest words from the left; empty where one is unknown."""
+    parts = flat.split("_")
+    ends = [0] * len(parts) + [len(parts)]  # of the word at each place, where all from there on can be split; else 0
+    for start in reversed(range(len(parts))):
+        for end in range(min(start + _LONGEST, len(parts)), start, -1):
+            word = "_".join(parts[start:end])
+            if ends[end] and (word in _WORDS or word.isdecimal()):
+                ends[start] = end
                 break
-        else:
-            return ""
+    if not ends[0]:
+        return ""
+    name, start = [], 0
+    while start < len(parts):
+        name.append("_".join(parts[start : ends[start]]))
+        start = ends[start]
     return ".".join(name)
 
 
