@@ -171,7 +171,7 @@ def compress_adapter(
         base: the base model's folder, or its id on the Hub, which "gguf" and "merged" need; "uniform" and "mlx" learn
             from it how many layers there are.
         dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
-        overwrite: replace an adapter that is at ``out``.
+        overwrite: replace what para_ext wrote at ``out``; refused where anything there was added or changed since.
         dry_run: plan and report, write nothing; errors in the report are then the predicted ones.
         backend, device, threads, progress: as for :func:`decompose`.
         balance: as for :func:`compress_model`.

@@ -125,7 +125,7 @@ dry_run = _output("--dry-run", is_flag=True, help="Plan and report; write no ada
 report = _output(
     "--report", type=click.Path(dir_okay=False), metavar="FILE", help="Also write there what --json would print."
 )
-overwrite = _output("--overwrite", is_flag=True, help="Replace an adapter at OUT.")
+overwrite = _output("--overwrite", is_flag=True, help="Replace what para-ext wrote at OUT, if unchanged since.")
 device = _work("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to work.  [auto]")
 backend = _work(
     "--backend",

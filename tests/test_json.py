@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -107,7 +108,11 @@ def test_every_command_prints_what_is_documented(printed: Printed, adapter: Path
     check(json.loads((tmp_path / "report.json").read_text()), "report", "--report")
     beside = json.loads((small / "para_ext.json").read_text())
     assert re.fullmatch(r"[0-9a-f]{64}", beside.pop("source_sha256"))
-    assert beside.pop("files") == sorted(path.name for path in small.iterdir() if path.name != "para_ext.json")
+    files = {path.name: path.read_bytes() for path in small.iterdir() if path.name != "para_ext.json"}
+    assert beside.pop("files") == {
+        name: {"bytes": len(content), "start_sha256": hashlib.sha256(content[: 1 << 20]).hexdigest()}
+        for name, content in files.items()
+    }
     check(beside, "report", "para_ext.json")
     assert set(cli.cli.commands) == {"plan", *(str(line[0]) for lines in commands.values() for line in lines)}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,15 +21,16 @@ from safetensors.torch import save_file as save_torch
 import para_ext
 from para_ext.errors import ParaError
 from para_ext.formats import output
-from para_ext.formats.output import copy_along, write_folder, write_safetensors
+from para_ext.formats.output import copy_along, write_file, write_folder, write_safetensors
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def fill(text: str) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
+def fill(text: str) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
         for name in ADAPTER:
             (folder / name).write_text(text)
+        return {"said": text}
 
     return write
 
@@ -60,14 +63,13 @@ def test_a_new_folder_and_its_parents(tmp_path: Path, source: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
 def test_permissions_are_those_of_the_umask(tmp_path: Path, source: Path) -> None:
+    def tensors(folder: Path) -> dict[str, Any]:
+        write_safetensors(folder / ADAPTER[1], {"x": np.zeros(1)}, {})
+        return {}
+
     before = os.umask(0o027)
     try:
-        write_folder(
-            tmp_path / "out",
-            lambda folder: write_safetensors(folder / ADAPTER[1], {"x": np.zeros(1)}, {}),
-            overwrite=False,
-            source=source,
-        )
+        write_folder(tmp_path / "out", tensors, overwrite=False, source=source)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
@@ -77,17 +79,21 @@ def test_permissions_are_those_of_the_umask(tmp_path: Path, source: Path) -> Non
 def test_an_existing_folder_is_refused_or_replaced(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
     write_folder(out, fill("old"), overwrite=False, source=source)
-    (out / "README.md").write_text("card")
     with pytest.raises(ParaError, match="exists: give a new folder, or overwrite=True"):
         write_folder(out, fill("new"), overwrite=False, source=source)
     assert content(out) == "old"
     write_folder(out, fill("new"), overwrite=True, source=source)
-    assert names_in(out) == sorted(ADAPTER)
+    assert names_in(out) == [*sorted(ADAPTER), "para_ext.json"]
+    assert json.loads((out / "para_ext.json").read_text())["said"] == "new"
     assert names_in(tmp_path) == ["adapter", "out"]
+    (tmp_path / "empty").mkdir()
+    write_folder(tmp_path / "empty", fill("new"), overwrite=True, source=source)
 
 
-@pytest.mark.parametrize("extra", ["optimizer.pt", "adapter_model.bin", "checkpoint-5/", "README.md -> link"])
-def test_overwrite_keeps_what_this_tool_would_not_write(tmp_path: Path, source: Path, extra: str) -> None:
+@pytest.mark.parametrize(
+    "extra", ["optimizer.pt", "README.md", "adapter_model.bin", "checkpoint-5/", "README.md -> link"]
+)
+def test_overwrite_keeps_what_it_did_not_write(tmp_path: Path, source: Path, extra: str) -> None:
     out = tmp_path / "out"
     write_folder(out, fill("old"), overwrite=False, source=source)
     name = extra.split(" ")[0].rstrip("/")
@@ -103,10 +109,36 @@ def test_overwrite_keeps_what_this_tool_would_not_write(tmp_path: Path, source: 
     assert (out / name).exists()
 
 
-def test_overwrite_replaces_adapters_only(tmp_path: Path, source: Path) -> None:
+@pytest.mark.parametrize("name", ADAPTER)
+@pytest.mark.parametrize("change", ["other", "longer", "link"])
+def test_overwrite_keeps_what_was_changed(tmp_path: Path, source: Path, name: str, change: str) -> None:
+    out = tmp_path / "out"
+    write_folder(out, fill("old"), overwrite=False, source=source)
+    file = out / name
+    if change == "link":
+        file.rename(tmp_path / "moved")
+        file.symlink_to(tmp_path / "moved")
+    else:
+        file.write_text("odl" if change == "other" else "old, retrained")
+    before = file.read_text()
+    with pytest.raises(ParaError, match=rf"{name}(?s:.*)does not replace it"):
+        write_folder(out, fill("new"), overwrite=True, source=source)
+    assert file.read_text() == before
+
+
+def test_overwrite_replaces_only_what_para_ext_wrote(tmp_path: Path, source: Path) -> None:
     (tmp_path / "notes").mkdir()
-    with pytest.raises(ParaError, match="holds no adapter"):
-        write_folder(tmp_path / "notes", fill("new"), overwrite=True, source=source)
+    (tmp_path / "notes" / "thesis").write_text("precious")
+    for record in (None, "{}", "[]", "null", "{", '{"files": 3}', '{"files": ["thesis"]}', "[" * 100_000):
+        if record is not None:
+            (tmp_path / "notes" / "para_ext.json").write_text(record)
+        with pytest.raises(ParaError, match="was not written by para-ext"):
+            write_folder(tmp_path / "notes", fill("new"), overwrite=True, source=source)
+    for files in ("{}", '{"thesis": {}}', '{"thesis": null}', '{"thesis": {"bytes": 8, "start_sha256": "0"}}'):
+        (tmp_path / "notes" / "para_ext.json").write_text(f'{{"files": {files}}}')
+        with pytest.raises(ParaError, match="does not replace it"):
+            write_folder(tmp_path / "notes", fill("new"), overwrite=True, source=source)
+    assert (tmp_path / "notes" / "thesis").read_text() == "precious"
     (tmp_path / "file").write_text("")
     with pytest.raises(ParaError, match="is not a folder"):
         write_folder(tmp_path / "file", fill("new"), overwrite=True, source=source)
@@ -116,6 +148,39 @@ def test_overwrite_replaces_adapters_only(tmp_path: Path, source: Path) -> None:
     with pytest.raises(ParaError, match="is not a folder"):
         write_folder(tmp_path / "link", fill("new"), overwrite=True, source=source)
     assert content(other) == "old"
+
+
+@pytest.mark.parametrize(("before", "overwrite"), [(False, False), (False, True), (True, True)])
+def test_what_comes_while_it_is_written_is_kept(tmp_path: Path, source: Path, before: bool, overwrite: bool) -> None:
+    out = tmp_path / "out"
+    if before:
+        write_folder(out, fill("old"), overwrite=False, source=source)
+
+    def write(folder: Path) -> dict[str, Any]:
+        out.mkdir(exist_ok=True)
+        (out / "mine").write_text("precious")
+        return fill("new")(folder)
+
+    with pytest.raises(ParaError):
+        write_folder(out, write, overwrite=overwrite, source=source)
+    assert (out / "mine").read_text() == "precious"
+    if before:
+        assert content(out) == "old"
+    assert names_in(tmp_path) == ["adapter", "out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_comes_while_one_is_written_is_kept(tmp_path: Path, source: Path, overwrite: bool) -> None:
+    out = tmp_path / "out.safetensors"
+
+    def write(folder: Path) -> None:
+        (folder / "x").write_text("new")
+        out.write_text("precious")
+
+    with pytest.raises(ParaError, match=r"exists|was not written by para-ext"):
+        write_file(out, "x", write, overwrite=overwrite, source=source)
+    assert out.read_text() == "precious"
+    assert names_in(tmp_path) == ["adapter", "out.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +272,7 @@ def test_a_crash_at_any_step_leaves_one_whole_version(tmp_path: Path, source: Pa
 
 
 def test_a_failing_writer_leaves_nothing(tmp_path: Path, source: Path) -> None:
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> dict[str, Any]:
         fill("new")(folder)
         raise KeyboardInterrupt
 
@@ -223,8 +288,9 @@ def test_errors_of_the_safetensors_library(
     def save_file(*_: object) -> None:
         raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> dict[str, Any]:
         write_safetensors(folder / ADAPTER[1], {"x": np.zeros(4)}, {"format": "pt"})
+        return {}
 
     monkeypatch.setattr(output, "save_file", save_file)
     with pytest.raises(ParaError, match="no space left.*free some" if code == errno.ENOSPC else os.strerror(code)):
@@ -273,7 +339,7 @@ def test_an_interrupt_right_after_a_rename_leaves_one_version(
     source = tmp_path / "source"
     source.mkdir()
     out = tmp_path / "out"
-    write_folder(out, lambda folder: _adapter(folder, "old"), overwrite=False, source=source)
+    write_folder(out, fill("old"), overwrite=False, source=source)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     rename, calls = Path.rename, 0
 
@@ -287,7 +353,7 @@ def test_an_interrupt_right_after_a_rename_leaves_one_version(
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_folder(out, lambda folder: _adapter(folder, "new"), overwrite=True, source=source)
+        write_folder(out, fill("new"), overwrite=True, source=source)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
@@ -295,13 +361,8 @@ def test_an_interrupt_right_after_a_rename_leaves_one_version(
 def test_dots_in_the_path_make_no_folder(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    write_folder(tmp_path / "nope" / ".." / "out", lambda f: _adapter(f, "x"), overwrite=False, source=source)
+    write_folder(tmp_path / "nope" / ".." / "out", fill("x"), overwrite=False, source=source)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
-
-
-def _adapter(folder: Path, text: str) -> None:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).write_text(text)
 
 
 def test_overwrite_spares_what_is_not_ours(tmp_path: Path) -> None:

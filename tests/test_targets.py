@@ -197,7 +197,7 @@ def test_merged_replaces_what_it_wrote_and_nothing_else(tmp_path: Path, base: Pa
         para_ext.compress_adapter(source, out, target="merged", base=base, overwrite=True)
     (out / "mine.txt").unlink()
     (out / "para_ext.json").write_text('{"files": 3}')
-    with pytest.raises(ParaError, match="holds no adapter"):
+    with pytest.raises(ParaError, match="was not written by para-ext"):
         para_ext.compress_adapter(source, out, target="merged", base=base, overwrite=True)
 
 

@@ -28,7 +28,7 @@ from ..arrays import as_numpy
 from ..errors import ParaError
 from ..factors import LoraFactors
 from ..layout import FileLayout
-from .output import SIDECAR, check_out, copy_along, write_file, write_folder, write_json
+from .output import check_out, copy_along, write_file, write_folder
 
 FILE_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 """Of names that nobody would give a folder."""
@@ -216,7 +216,7 @@ class Adapter(ABC, Generic[AnySlot]):
             new_factors: see ``factors`` of :meth:`fill`.
             metadata, code: see :meth:`fill`.
             sidecar: gives what para_ext.json holds; a single file has none.
-            overwrite: replace an adapter that is already there.
+            overwrite: replace what was written there before, and not changed since.
 
         Raises:
             ParaError: refused or not written; nothing has changed.
@@ -227,17 +227,15 @@ class Adapter(ABC, Generic[AnySlot]):
         left_out: list[str] = []
         filled = Filled()
 
-        def fill(folder: Path) -> None:
+        def fill(folder: Path) -> Mapping[str, Any]:
             nonlocal size, filled
             filled = self.fill(folder, factors, metadata=metadata, code=code)
             whole = "*" not in self.tensor_file  # else brackets in a name would be a pattern, too
             tensors = [folder / self.tensor_file] if whole else folder.glob(self.tensor_file)
             size = sum(path.stat().st_size for path in tensors)
-            if not single:
-                if self.path.is_dir():
-                    left_out.extend(copy_along(self.path, folder, own=self.weights.name))
-                files = sorted(path.name for path in folder.iterdir())
-                write_json(folder / SIDECAR, {**sidecar(filled), "files": files})
+            if not single and self.path.is_dir():
+                left_out.extend(copy_along(self.path, folder, own=self.weights.name))
+            return sidecar(filled)
 
         if single:
             write_file(out, self.tensor_file, fill, overwrite=overwrite, source=self.path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ DIFFUSERS = "pytorch_lora_weights.safetensors"
 SINGLE = "lora.safetensors"
 MLX = "adapters.safetensors"
 GGUF = "adapter.gguf"
-_WRITTEN = (CONFIG, SIDECAR, WEIGHTS)
-_REPLACED = (*_WRITTEN, PICKLED)
+_REPLACED = (CONFIG, SIDECAR, WEIGHTS, PICKLED)
+_START = 1 << 20  # of a file, what is hashed: in ours of tensors the header stands there, which no other tool writes
 
 # What belongs to an adapter beside its weights: model card, licence, tokenizer, processor, chat template.
 _ALONG = (
@@ -41,7 +42,7 @@ _ALONG = (
 )  # fmt: skip
 
 
-def write_folder(out: Path, write: Callable[[Path], None], *, overwrite: bool, source: Path) -> None:
+def write_folder(out: Path, write: Callable[[Path], Mapping[str, Any]], *, overwrite: bool, source: Path) -> None:
     """Let ``write`` fill a new folder beside ``out``, flush it to disk, and give it the name ``out``.
 
     An interrupted call leaves one whole version: ``out`` itself, or, between two renames, the hidden folders
@@ -49,8 +50,8 @@ def write_folder(out: Path, write: Callable[[Path], None], *, overwrite: bool, s
 
     Args:
         out: the folder to make; missing parents are made too.
-        write: fills the folder it is given.
-        overwrite: replace ``out`` if it holds an adapter and nothing that this tool would not write.
+        write: fills the folder it is given, and returns what para_ext.json says; a record of the files is added.
+        overwrite: replace ``out`` if every file in it is as this function wrote it, by that record.
         source: the adapter that is read; ``out`` may not be it, lie in it or hold it.
 
     Raises:
@@ -59,27 +60,29 @@ def write_folder(out: Path, write: Callable[[Path], None], *, overwrite: bool, s
     if ".." in out.parts:
         out = out.resolve()  # "a/../b" must not make a
     with _one_line(out, source):
-        replaces = check_out(out, overwrite=overwrite, source=source)
+        check_out(out, overwrite=overwrite, source=source)
         with _parents(out), _temporary(out) as (new, old):
-            write(new)
+            said = write(new)
+            write_json(new / SIDECAR, {**said, "files": {path.name: _identity(path) for path in sorted(new.iterdir())}})
             _flush(new)
             try:
-                if replaces:
+                if os.path.lexists(out):
                     out.rename(old)
+                    _check_replaceable(old, out, overwrite)  # again: someone may have worked in it meanwhile
                 new.rename(out)
                 _flush_folder(out.parent)
             except BaseException:
                 # An interrupt may come right after a rename: what lies where tells how far it got.
                 if not new.exists():
                     out.rename(new)
-                if old.exists():
+                if os.path.lexists(old):
                     old.rename(out)
                 raise
-        if replaces:
+        if old.exists():
             _remove_old(out, old)
 
 
-def write_file(out: Path, name: str, write: Callable[[Path], None], *, overwrite: bool, source: Path) -> None:
+def write_file(out: Path, name: str, write: Callable[[Path], object], *, overwrite: bool, source: Path) -> None:
     """As :func:`write_folder` for a single file: ``write`` makes it under ``name`` in the folder it is given."""
     if ".." in out.parts:
         out = out.resolve()
@@ -88,20 +91,21 @@ def write_file(out: Path, name: str, write: Callable[[Path], None], *, overwrite
         with _parents(out), _temporary(out) as (new, _):
             write(new)
             _flush(new)
+            check_out(out, overwrite=overwrite, source=source, file=True)
             (new / name).replace(out)
             _flush_folder(out.parent)
             new.rmdir()
 
 
-def check_out(out: Path, *, overwrite: bool, source: Path, file: bool = False) -> bool:
-    """Whether writing ``out`` would replace something; it is refused where that may not be (see `write_folder`)."""
+def check_out(out: Path, *, overwrite: bool, source: Path, file: bool = False) -> None:
+    """Refuse to write ``out`` where that would touch the source, or replace what may not be (see `write_folder`)."""
     _check_apart(out, source)
-    replaces = os.path.lexists(out)
-    if replaces and file:
+    if not os.path.lexists(out):
+        return
+    if file:
         _check_replaceable_file(out, overwrite)
-    elif replaces:
-        _check_replaceable(out, overwrite)
-    return replaces
+    else:
+        _check_replaceable(out, out, overwrite)
 
 
 def copy_along(source: Path, target: Path, own: str = WEIGHTS) -> list[str]:
@@ -185,23 +189,33 @@ def _check_apart(out: Path, source: Path) -> None:
         raise ParaError(f"'{out}' holds '{source}', which is read: give another name for the result")
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
+def _check_replaceable(folder: Path, out: Path, overwrite: bool) -> None:
+    """Refuse to replace ``out``, which lies at ``folder``, unless nothing but our own unchanged files would be lost."""
     if not overwrite:
         raise ParaError(f"'{out}' exists: give a new folder, or overwrite=True to replace the adapter in it")
-    if out.is_symlink() or not out.is_dir():
+    if folder.is_symlink() or not folder.is_dir():
         raise ParaError(f"'{out}' is not a folder, so overwrite=True does not replace it: give another one")
-    entries = sorted(out.iterdir())
-    names = {path.name for path in entries}
-    tensors = [path for path in entries if path.suffix in (".safetensors", ".gguf")]
-    ours = SIDECAR in names and len(tensors) == 1
-    recorded = _recorded(out / SIDECAR) if SIDECAR in names else set()
-    if not ours and not recorded and not {CONFIG, WEIGHTS} <= names:
-        raise ParaError(f"'{out}' holds no adapter, so overwrite=True does not replace it: give another folder")
-    listed = {path for path in entries if path.name in recorded or (ours and path in tensors)}
-    foreign = [path.name for path in entries if not (_is_ours(path) or (path in listed and _is_plain(path)))]
+    entries = sorted(folder.iterdir())
+    recorded = _recorded(folder / SIDECAR)
+    if entries and not recorded:
+        raise ParaError(
+            f"'{out}' was not written by para-ext, so overwrite=True does not replace it: move it away first"
+        )
+    foreign = [path for path in entries if path.name not in {*recorded, SIDECAR} or not _is_plain(path)]
     if foreign:
-        shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" if len(foreign) > 8 else "")
-        raise ParaError(f"'{out}' also holds {shown}, so overwrite=True does not replace it: move that away first")
+        raise ParaError(
+            f"'{out}' also holds {_listed(foreign)}, so overwrite=True does not replace it: move that away first"
+        )
+    changed = [path for path in entries if path.name != SIDECAR and _identity(path) != recorded[path.name]]
+    if changed:
+        raise ParaError(
+            f"'{out}' was written by para-ext, but {_listed(changed)} has been changed since, so overwrite=True does "
+            "not replace it: move it away first"
+        )
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 
 def _check_replaceable_file(out: Path, overwrite: bool) -> None:
@@ -217,21 +231,24 @@ def _check_replaceable_file(out: Path, overwrite: bool) -> None:
         )
 
 
-def _is_ours(path: Path) -> bool:
-    return _is_plain(path) and (path.name in _WRITTEN or goes_along(path.name))
-
-
 def _is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _recorded(sidecar: Path) -> set[str]:
-    """The files that were written along with para_ext.json, by its own word."""
+def _identity(path: Path) -> dict[str, Any]:
+    """What para_ext.json records of a file beside it, to tell later whether it is still that file."""
+    with path.open("rb") as file:
+        start = file.read(_START)
+    return {"bytes": path.stat().st_size, "start_sha256": hashlib.sha256(start).hexdigest()}
+
+
+def _recorded(sidecar: Path) -> Mapping[str, Any]:
+    """The record of the files that were written along with para_ext.json; empty where there is none."""
     try:
-        files = json.loads(sidecar.read_text(encoding="utf-8")).get("files", [])
-        return {name for name in files if isinstance(name, str)}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return set()
+        files = json.loads(sidecar.read_text(encoding="utf-8"))["files"]
+        return files if _is_plain(sidecar) and isinstance(files, dict) else {}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 @contextlib.contextmanager
