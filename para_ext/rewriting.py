@@ -192,7 +192,8 @@ def _written(outputs: Sequence[_Output], label: str, digest: Future[str], code: 
         for output in outputs:
             meter.add(0, f"truncating for {output.out}")
             gains = output.adapter.gains(output.planned.plan.ranks)
-            new = output.decomposition.truncate_certified(output.planned.plan, code, gains, job.balance, meter)
+            typed = output.adapter.factor_type(code)
+            new = output.decomposition.truncate_certified(output.planned.plan, typed, gains, job.balance, meter)
             report = replace(_said(output, new, label, job), output=str(output.out))
             if pending is not None:
                 collect(*pending)

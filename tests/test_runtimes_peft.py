@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import para_ext
+from para_ext.errors import ParaError
 from para_ext.report import Report
 
 peft = pytest.importorskip("peft")
@@ -174,6 +175,83 @@ def test_merged(compressed: Callable[[str], Compressed], case: str, tmp_path: Pa
     )
     assert report.ranks == made.report.ranks
     assert made.error(type(base).from_pretrained(tmp_path / "merged").eval(), report.ranks) <= 1e-5
+
+
+def _adapted(model: Any, folder: Path, **config: Any) -> Any:
+    """The model with a random adapter, saved in ``folder``."""
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **config)).eval()
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad and ("modules_to_save" in name or name.endswith(".bias")):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    tuned.save_pretrained(folder)
+    return tuned
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+@pytest.mark.parametrize("labels", [64, 3])
+@pytest.mark.parametrize("head", ["lm_head", "score"])
+def test_merged_heads_beside_transposed_layers(tmp_path: Path, head: str, labels: int) -> None:
+    """GPT-2's blocks keep weights transposed, its heads do not, square or not."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=labels if head == "lm_head" else 80, n_positions=32, n_embd=64,
+                                     n_layer=2, n_head=2, num_labels=labels, pad_token_id=0, eos_token_id=0,
+                                     bos_token_id=0, tie_word_embeddings=False)  # fmt: skip
+    kind = transformers.GPT2LMHeadModel if head == "lm_head" else transformers.GPT2ForSequenceClassification
+    base = kind(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned = _adapted(base, tmp_path / "adapter", target_modules=["c_attn", "c_proj", head])
+    para_ext.convert_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=tmp_path / "base")
+    inputs = {"input_ids": torch.randint(1, min(labels, 80), (2, 8))}
+    assert relative_error(logits(kind.from_pretrained(tmp_path / "out").eval(), inputs), logits(tuned, inputs)) <= 1e-5
+
+
+def test_merged_biases(tmp_path: Path) -> None:
+    """With bias="all" PEFT saves the base's biases, under names that tell of its wrappers."""
+    torch.manual_seed(0)
+    base = BASES["bert"].build()
+    save(base, tmp_path / "base")
+    tuned = _adapted(base, tmp_path / "adapter", target_modules=["query", "dense"], bias="all")
+    para_ext.convert_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=tmp_path / "base")
+    made = type(base).from_pretrained(tmp_path / "out").eval()
+    inputs = BASES["bert"].inputs()
+    assert relative_error(logits(made, inputs), logits(tuned, inputs)) <= 1e-5
+
+
+TIED = {
+    "Bloom": ("word_embeddings", {"hidden_size": 32, "n_layer": 1, "n_head": 2}, ["query_key_value"]),
+    "Falcon": ("word_embeddings", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+               ["query_key_value"]),
+    "GPTNeoX": ("embed_in", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                             "intermediate_size": 40, "tie_word_embeddings": True}, ["query_key_value"]),
+    "Llama": ("embed_tokens", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                               "intermediate_size": 40, "tie_word_embeddings": True}, ["q_proj"]),
+    "OPT": ("lm_head", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 40,
+                        "word_embed_proj_dim": 32}, ["q_proj"]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("kind", TIED)
+def test_merged_refuses_one_side_of_tied_weights(tmp_path: Path, kind: str) -> None:
+    """The other side would change too, whatever the model calls it."""
+    saved, settings, targets = TIED[kind]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=48, **settings)
+    base = getattr(transformers, f"{kind}ForCausalLM")(config)
+    base.save_pretrained(tmp_path / "base")
+    _adapted(base, tmp_path / "adapter", target_modules=targets, modules_to_save=[saved])
+    with pytest.raises(ParaError, match="is one weight in several places"):
+        para_ext.convert_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merged_refuses_the_shared_embedding_of_encoder_and_decoder(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=48, d_model=32, d_kv=16, d_ff=40, num_layers=1, num_heads=2,
+                                   tie_word_embeddings=False)  # fmt: skip
+    base = transformers.T5ForConditionalGeneration(config)
+    base.save_pretrained(tmp_path / "base")
+    _adapted(base, tmp_path / "adapter", target_modules=["q"], modules_to_save=["shared"])
+    with pytest.raises(ParaError, match="is one weight in several places"):
+        para_ext.convert_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=tmp_path / "base")
 
 
 def experts_one_by_one(folder: Path, rank: int = 6, alpha: float = 9.0) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -201,10 +201,9 @@ def test_merged_replaces_what_it_wrote_and_nothing_else(tmp_path: Path, base: Pa
         para_ext.compress_adapter(source, out, target="merged", base=base, overwrite=True)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "my_model"])
-def test_weights_that_are_kept_transposed(tmp_path: Path, base: Path, kind: str) -> None:
-    """As a model's type says, otherwise as shapes do; a square one's orientation is not guessed."""
-    config = json.loads((base / "config.json").read_text()) | {"model_type": kind}
+def test_weights_that_are_kept_transposed(tmp_path: Path, base: Path) -> None:
+    """In a model that is not known as shapes say; a square one's orientation is not guessed."""
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "my_model"}
     (base / "config.json").write_text(json.dumps(config))
     for file in base.glob("*.safetensors"):
         save_file({key: t.T.contiguous() for key, t in load_file(file).items()}, file, {"format": "pt"})
@@ -217,11 +216,68 @@ def test_weights_that_are_kept_transposed(tmp_path: Path, base: Path, kind: str)
     assert 0 < lost <= report.error * (1 + 1e-5)
     square = [(name, B, A) for name, B, A in language() if len(B) == A.shape[1]]
     folder = write_adapter(tmp_path / "square", square, fan_in_fan_out=True)
-    if kind == "gpt2":
+    with pytest.raises(ParaError, match="has no weight in"):
         para_ext.compress_adapter(folder, tmp_path / "out2", target="merged", base=base)
-    else:
-        with pytest.raises(ParaError, match="has no weight in"):
-            para_ext.compress_adapter(folder, tmp_path / "out2", target="merged", base=base)
+
+
+def test_merged_adds_the_factors_before_they_are_rounded(tmp_path: Path, base: Path) -> None:
+    """They are stored nowhere: what is lost without truncation is the rounding of the weights, in whatever type."""
+    modules = [(name, B.bfloat16(), A.bfloat16()) for name, B, A in language()]
+    source = write_adapter(tmp_path / "source", modules, r=6, lora_alpha=7)
+    report = para_ext.convert_adapter(source, tmp_path / "out", "merged", base=base)
+    before = {key: t.double() for file in base.glob("*.safetensors") for key, t in load_file(file).items()}
+    after = {key: t for file in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(file).items()}
+    lost = norm({n: after[f"{n}.weight"].double() - before[f"{n}.weight"] - d for n, d in dense(source).items()})
+    assert lost <= report.error <= 2.0**-23 * norm(before)
+
+
+def test_merged_keeps_the_types_and_range_of_the_base(tmp_path: Path, base: Path) -> None:
+    """What the adapter brings besides its factors takes the base's type, and must fit into it."""
+    (extra := load_file(base / "model-0.safetensors"))["model.norm.weight"] = torch.ones(16)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = "model-0.safetensors"
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({key: t.half() for key, t in extra.items()}, base / "model-0.safetensors", {"format": "pt"})
+    source = peft_folder(tmp_path / "source")
+    weights = load_file(source / "adapter_model.safetensors")
+    for value, fits in ((3.0, True), (1e6, False), (float("inf"), True)):
+        weights["base_model.model.model.norm.weight"] = torch.full((16,), value)
+        save_file(weights, source / "adapter_model.safetensors", {"format": "pt"})
+        out = tmp_path / f"out{value}"
+        if fits:
+            para_ext.compress_adapter(source, out, target="merged", base=base)
+            saved = load_file(out / "model-0.safetensors")["model.norm.weight"]
+            assert torch.equal(saved, torch.full((16,), value).half())
+        else:
+            with pytest.raises(ParaError, match=r"'model\.norm\.weight' of the adapter exceeds the range of float16"):
+                para_ext.compress_adapter(source, out, target="merged", base=base)
+            assert not out.exists()
+    infinite = {key: torch.full_like(t, torch.inf) for key, t in load_file(base / "model-0.safetensors").items()}
+    save_file(infinite, base / "model-0.safetensors", {"format": "pt"})
+    with pytest.raises(ParaError, match="its weight in the base is not finite"):
+        para_ext.compress_adapter(source, tmp_path / "out", target="merged", base=base)
+
+
+def test_what_goes_along_with_merged(tmp_path: Path, base: Path) -> None:
+    """The base's own files but no link out of its folder; of the adapter's the tokenizer, not the licence."""
+    source = peft_folder(tmp_path / "source")
+    (tmp_path / "secret").write_text("secret")
+    (base / "notes").symlink_to(tmp_path / "secret")
+    (base / "config.json").rename(tmp_path / "config.json")
+    (base / "config.json").symlink_to(tmp_path / "config.json")
+    for folder, names in ((base, "LICENSE tokenizer.json"), (source, "LICENSE NOTICE tokenizer.json")):
+        for name in names.split():
+            (folder / name).write_text(folder.name)
+    report = para_ext.compress_adapter(source, tmp_path / "out", target="merged", base=base)
+    texts = {p.name: p.read_text() for p in (tmp_path / "out").iterdir() if p.suffix != ".safetensors"}
+    assert (texts["LICENSE"], texts["NOTICE"], texts["tokenizer.json"]) == ("base", "source", "source")
+    assert "notes" not in texts and json.loads(texts["config.json"])["model_type"] == "llama"
+    assert any("not copied: notes" in note for note in report.notes)
+    assert any("Not copied: LICENSE" in note for note in report.notes)
+    # A merged model is a base like any other; its para_ext.json is not the next one's.
+    again = tmp_path / "again"
+    for _ in range(2):
+        para_ext.compress_adapter(source, again, target="merged", base=tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize("target", ["gguf", "uniform"])

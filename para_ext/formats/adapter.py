@@ -164,6 +164,10 @@ class Adapter(ABC, Generic[AnySlot]):
         """By which factor each B' is to be larger than at unit scale, where readers divide by it again; 1 if absent."""
         return {}
 
+    def factor_type(self, code: str | None) -> str | None:
+        """The type that :meth:`fill` is to get the new factors in where ``code`` is asked for; None: each one's own."""
+        return code
+
     @abstractmethod
     def layout(self, code: str | None = None, metadata: str = "") -> FileLayout | None:
         """The written safetensors file with open ranks, its modules the first members of the slots; None if none is.

@@ -23,13 +23,20 @@ from ..layout import FileLayout
 from ..progress import Meter, Progress
 from .adapter import Adapter, Filled
 from .base import WEIGHT_SUFFIXES, BaseModel
-from .output import write_safetensors
+from .output import SIDECAR, holds_itself, write_safetensors
 from .peft import PREFIX, PeftAdapter, PeftSlot
 from .tensors import read_tensors
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
-# Models whose linear layers are Conv1D, which keeps weights transposed; PEFT knows them by their class.
-_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+# Models whose blocks are of Conv1D, which keeps weights transposed, and what those are called; heads are plain linear
+# layers there too. PEFT knows each by its class.
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
+# What models call their input and output embeddings.
+_EMBEDDINGS = (
+    "embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "tok_embeddings",
+    "tokens_embed",
+)  # fmt: skip
 
 
 class Piece(NamedTuple):
@@ -69,6 +76,10 @@ class MergedAdapter(Adapter[PeftSlot]):
         """See :meth:`Adapter.layout`: its size does not depend on the ranks."""
         return None
 
+    def factor_type(self, code: str | None) -> str | None:
+        """See :meth:`Adapter.factor_type`: they are not stored, so nothing is to be rounded off before the sum."""
+        return "F32"
+
     def fill(self, folder: Path, factors: Mapping[str, LoraFactors], *, metadata: str, code: str | None) -> Filled:
         """See :meth:`Adapter.fill`; the certificate is known when all is written, and stands in para_ext.json only."""
         header_text = json.dumps({**json.loads(metadata), "error": None})
@@ -80,7 +91,7 @@ class MergedAdapter(Adapter[PeftSlot]):
             tensors, header = read_tensors(self.base.folder / file)
             for key in tensors:
                 if key in self.saved:
-                    tensors[key] = self.saved[key].astype(tensors[key].dtype)
+                    tensors[key] = _in_type_of(tensors[key], self.saved[key], key)
                 elif key in self.pieces:
                     tensors[key], lost = _merged(self.pieces[key], tensors[key], factors)
                     for name, norm in lost.items():
@@ -88,12 +99,18 @@ class MergedAdapter(Adapter[PeftSlot]):
                 meter.add(tensors[key].nbytes)
             write_safetensors(folder / file, tensors, {**header, "format": "pt", "para_ext": header_text})
             meter.add(2 * size - sum(tensor.nbytes for tensor in tensors.values()))
+        left_out = []
         for path in sorted(self.base.folder.iterdir()):
-            # Links too: in a hub's cache every file is one.
-            if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name[0] != ".":
+            if not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name[0] == "." or path.name == SIDECAR:
+                continue
+            if holds_itself(path) or path.name == "config.json":  # which was read as such
                 shutil.copyfile(path, folder / path.name)
-        note = f"'{self.base.folder}' and the adapter in one: no runtime needs to know of LoRA."
-        return Filled([note], rounding)
+            else:
+                left_out.append(path.name)
+        notes = [f"'{self.base.folder}' and the adapter in one, in the base's types: no runtime needs to know of LoRA."]
+        if left_out:
+            notes.append(f"Links that lead out of the base's folder were not copied: {', '.join(left_out)}.")
+        return Filled(notes, rounding)
 
 
 def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None = None) -> MergedAdapter:
@@ -108,18 +125,18 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
     shapes = _shapes(base)
     saved = {}
     for key, tensor in adapter.foreign.items():
-        name = _first(_candidates(key.removeprefix(PREFIX), base.kind), shapes)
+        name = _first(_candidates(key.removeprefix(PREFIX).replace(".base_layer.", "."), base.kind), shapes)
+        if not name and base.tied and _is_embedding(key, tensor.shape, base):
+            raise _changed_on_one_side(key, base)
         if not name or shapes[name] != tensor.shape:
             raise ParaError(
                 f"'{adapter.path}' also holds '{key}', which is no tensor of '{base.folder}' of its shape: give the "
                 "base model of this adapter"
             )
         saved[name] = tensor
-    # Of a model that is not listed, fan_in_fan_out speaks of some layer: PEFT asks each one's class.
-    flipped = True if base.kind in _CONV1D else None if adapter.config.get("fan_in_fan_out") else False
     pieces: dict[str, Piece] = {}
     for slot in adapter.slots:
-        found = _pieces(slot, base, shapes, flipped)
+        found = _pieces(slot, base, shapes, _flipped(slot, adapter, base))
         if not found:
             raise ParaError(
                 f"module '{slot.name}' has no weight in '{base.folder}' that its ΔW fits: give the base model of this "
@@ -131,14 +148,9 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
                 "give the base model of this adapter"
             )
         pieces |= found
-    shared = [slot.name for slot in adapter.slots if slot.embedding or slot.name.endswith("lm_head")]
-    shared += [key for key in saved if key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))]
-    embedding = next(iter(shared), "")
-    if base.tied and embedding:
-        raise ParaError(
-            f"'{embedding}' is one weight for input and output in '{base.folder}', of which the adapter changes "
-            "one side: it can't be merged; use target='peft'"
-        )
+    shared = next((key for key in (*pieces, *saved) if _is_embedding(key, shapes[key], base)), "")
+    if shared and (base.tied or base.config.get("is_encoder_decoder")):
+        raise _changed_on_one_side(shared, base)
     return MergedAdapter(
         path=adapter.path,
         weights=adapter.weights,
@@ -150,6 +162,42 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
         saved=saved,
         progress=progress,
     )
+
+
+def _flipped(slot: PeftSlot, adapter: PeftAdapter, base: BaseModel) -> bool | None:
+    """Whether the module's layer keeps its weight transposed; None where only the shape can tell."""
+    if base.kind in _CONV1D:
+        return slot.name.rpartition(".")[2] in _CONV1D_LAYERS
+    # Of a model that is not listed, fan_in_fan_out speaks of some layer.
+    return None if adapter.config.get("fan_in_fan_out") else False
+
+
+def _is_embedding(key: str, shape: tuple[int, ...], base: BaseModel) -> bool:
+    """Whether it is a model's input or output embedding, which may be one weight: by its name, or its size."""
+    parts = key.split(".")
+    if parts[-1] == "weight" and parts[-2:-1] and parts[-2] in _EMBEDDINGS:
+        return True
+    in_a_layer = any(part.isdigit() for part in parts)
+    return len(shape) == 2 and not in_a_layer and base.config.get("vocab_size") in shape
+
+
+def _changed_on_one_side(key: str, base: BaseModel) -> ParaError:
+    return ParaError(
+        f"'{key}' is one weight in several places of '{base.folder}', which the adapter changes one by one: it can't "
+        "be merged; use target='peft'"
+    )
+
+
+def _in_type_of(weight: NDArray[Any], saved: NDArray[Any], key: str) -> NDArray[Any]:
+    """The adapter's own tensor in the type of the base's."""
+    with np.errstate(over="ignore"):
+        cast: NDArray[Any] = saved.astype(weight.dtype)
+    if not np.array_equal(np.isfinite(cast), np.isfinite(saved)):
+        raise ParaError(
+            f"'{key}' of the adapter exceeds the range of {dtype_name(weight.dtype)}, the base's type: use a base that "
+            "is stored in a wider one"
+        )
+    return cast
 
 
 def _merged(
@@ -168,11 +216,16 @@ def _merged(
         deltas.append(delta[piece.rows].T if piece.transposed else delta[piece.rows])
     delta = np.stack(deltas) if slot.experts else np.concatenate(deltas)
     exact = weight.astype(np.float64) + delta.reshape(weight.shape)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         merged: NDArray[Any] = exact.astype(weight.dtype)
-    lost = (merged.astype(np.float64) - exact).reshape(delta.shape)
+        lost = (merged.astype(np.float64) - exact).reshape(delta.shape)
     if not np.isfinite(lost).all():
-        raise ParaError(f"module '{slot.name}': a weight exceeds the range of {dtype_name(weight.dtype)} when merged")
+        why = (
+            f"a weight exceeds the range of {dtype_name(weight.dtype)} when merged: use a base stored in a wider type"
+            if np.isfinite(weight.astype(np.float64)).all()
+            else "its weight in the base is not finite (inf or NaN): download or save the base model again"
+        )
+        raise ParaError(f"module '{slot.name}': {why}")
     parts = lost if slot.experts else np.split(lost, np.cumsum([len(d) for d in deltas])[:-1])
     # ΔW' = 0 adds nothing, nor does its rounding; fp64 sums are exact to their own unit roundoff.
     bounds = {

@@ -33,8 +33,9 @@ _REPLACED = (CONFIG, SIDECAR, WEIGHTS, PICKLED)
 _START = 1 << 20  # of a file, what is hashed: in ours of tensors the header stands there, which no other tool writes
 
 # What belongs to an adapter beside its weights: model card, licence, tokenizer, processor, chat template.
+_CARDS = ("README.md", "LICENSE*", "NOTICE*")
 _ALONG = (
-    "README.md", "LICENSE*", "NOTICE*",
+    *_CARDS,
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
@@ -111,6 +112,8 @@ def check_out(out: Path, *, overwrite: bool, source: Path, file: bool = False) -
 def copy_along(source: Path, target: Path, own: str = WEIGHTS) -> list[str]:
     """Copy model card, tokenizer, processor and chat-template files; regular files only, and links of a hub's cache.
 
+    A card or licence that is in ``target`` already stays: it is that of a base model.
+
     Args:
         own: name of the source's tensor file.
 
@@ -122,7 +125,8 @@ def copy_along(source: Path, target: Path, own: str = WEIGHTS) -> list[str]:
     for path in sorted(source.iterdir()):
         if path.name in _REPLACED or path.name == own:
             continue
-        if goes_along(path.name) and _holds_itself(path):
+        stands = (target / path.name).exists() and _matches(path.name, _CARDS)
+        if goes_along(path.name) and holds_itself(path) and not stands:
             shutil.copyfile(path, target / path.name)
         else:
             left_out.append(path.name)
@@ -166,10 +170,10 @@ def _sort_metadata(path: Path) -> None:
 
 def goes_along(name: str) -> bool:
     """Whether a file of this name belongs to an adapter beside its own files."""
-    return any(fnmatch(name, pattern) for pattern in _ALONG)
+    return _matches(name, _ALONG)
 
 
-def _holds_itself(path: Path) -> bool:
+def holds_itself(path: Path) -> bool:
     """Whether it is a regular file, or a link as a hub's cache has them: to ``blobs`` of its repository, or of all."""
     if not path.is_symlink():
         return path.is_file()
@@ -177,6 +181,10 @@ def _holds_itself(path: Path) -> bool:
     stores = [snapshots.parent / "blobs", snapshots.parents[1] / "blobs"] if snapshots.name == "snapshots" else []
     blob = path.resolve()
     return blob.is_file() and any(blob.is_relative_to(store) for store in stores)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _check_apart(out: Path, source: Path) -> None:
