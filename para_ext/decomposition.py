@@ -145,7 +145,7 @@ class Decomposition:
             gains: by name, how much larger B' is to be, for readers that divide by it again: ΔW' = B'A'/gain; 1 if
                 absent.
             balance: "even", or the side that has all of σ, in every module: with "A", B's columns are orthonormal, with
-                "B", A's rows.
+                "B", A's rows; but for components that are no more than roundoff, σ ≲ 1e-7·σ₁, whose directions are.
             meter: told of the factors' bytes as they are truncated.
 
         Raises:

@@ -394,6 +394,10 @@ REFUSED: dict[str, tuple[Source, tuple[str, ...], str]] = {
     "no base": (peft_folder, ("gguf", "merged"), "needs the base model: give its folder by base="),
     "convolution": (peft_unet, ("trtllm", "mlx"), "target='(peft|merged|diffusers)'"),
     "names MLX lacks": (lambda p: write_adapter(p), ("mlx",), "has no name that is known in MLX: use target='merged'"),
+    **{f"{name} in MLX": (lambda p, n=name: write_adapter(p, [(n, torch.ones(4, 2), torch.ones(2, 4))]), ("mlx",),
+                          "has no name that is known in MLX: use target='merged'")
+       for name in ("model.layers.0.mlp.experts.3.up_proj", "model.language_model.layers.0.self_attn.q_proj",
+                    "model.visual.blocks.0.attn.qkv", "transformer.h.0.attn.c_attn")},
 }  # fmt: skip
 
 

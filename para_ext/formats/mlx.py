@@ -24,6 +24,9 @@ _A, _B = ".lora_a", ".lora_b"
 
 # The file does not tell them from linear layers; ΔW is then the transpose of theirs.
 _EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte")
+# What a language model's modules are called there, too. Not so several models in one, or experts one by one; mlx_lm
+# passes over names that it does not know.
+_KNOWN = re.compile(r"model\.(layers|h)\.\d+(\.[^.\d][^.]*)+|model\.[^.]+|lm_head")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -132,12 +135,7 @@ def for_mlx(adapter: PeftAdapter, base: BaseModel | None) -> MlxAdapter:
         name = slot.name
         if base is not None and base.kind == "gpt2":
             name = re.sub(r"^transformer\.", "model.", name)
-        if (
-            (not name.startswith("model.") and name != "lm_head")
-            or slot.experts
-            or slot.A.ndim > 2
-            or slot.role == "tied"
-        ):
+        if not _KNOWN.fullmatch(name) or slot.experts or slot.A.ndim > 2 or slot.role == "tied":
             raise ParaError(f"module '{slot.name}' has no name that is known in MLX: use target='merged'")
         if slot.embedding and (base is None or base.tied):
             raise ParaError(
