@@ -34,7 +34,7 @@ from .layout import LARGEST
 from .plan import Plan
 from .pool import map_single_threaded
 from .progress import Meter, Progress
-from .rescaling import BALANCES, moved, rescaled
+from .rescaling import BALANCES, rescaled
 from .spectra import ModuleSpectrum, Spectra
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Decomposition:
             gains: by name, how much larger B' is to be, for readers that divide by it again: ΔW' = B'A'/gain; 1 if
                 absent.
             balance: "even", or the side that has all of σ, in every module: with "A", B's columns are orthonormal, with
-                "B", A's rows; but for components that are no more than roundoff, σ ≲ 1e-7·σ₁, whose directions are.
+                "B", A's rows.
             meter: told of the factors' bytes as they are truncated.
 
         Raises:
@@ -191,9 +191,7 @@ class Decomposition:
 
         def scaled(work: tuple[int, Truncated]) -> Truncated:
             i, new = work
-            sigma = self.spectra.modules[i].sigma[: new.A.shape[0]]
-            columns = None if balance == "even" else moved(sigma + (0.0,) * (new.A.shape[0] - len(sigma)), balance)
-            return rescaled(self.factors[i], new, written[i], gain[i], columns)
+            return rescaled(self.factors[i], new, written[i], gain[i], balance)
 
         if rescale:
             with ThreadPoolExecutor(self.threads) as workers:  # of numpy's work only, which needs no PyTorch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,17 +15,8 @@ from .factors import LoraFactors
 BALANCES = ("even", "A", "B")
 
 
-def moved(sigma: Sequence[float], balance: str) -> NDArray[np.float64]:
-    """What to multiply B's columns by, and to divide A's rows by, [k], so that ``balance`` has all of σ, not √σ."""
-    roots = np.sqrt(np.asarray(sigma, np.float64))
-    powers = roots if balance == "B" else 1 / np.where(roots > 0, roots, 1.0)
-    return np.where(roots > 0, powers, 1.0)
-
-
-def rescaled(
-    f: LoraFactors, new: Truncated, code: str, gain: float = 1.0, columns: NDArray[np.float64] | None = None
-) -> Truncated:
-    """gain·B'·D and D⁻¹·A' in the type of this ``code``, with the error bound of their product over gain as stored.
+def rescaled(f: LoraFactors, new: Truncated, code: str, gain: float = 1.0, balance: str = "even") -> Truncated:
+    """gain·B'·A' as factors in the type of this ``code``, with the error bound of their product over gain as stored.
 
     What rounding adds is at most ``‖dB·A'‖ + ‖B''·dA‖``, and ``‖dB·A'‖_F ≤ ‖dB·D‖_F ‖D⁻¹A'‖₂`` for any diagonal D: with
     the norms of A's rows the last factor is close to 1 (they are nearly orthogonal), and at most the square root of the
@@ -37,11 +27,16 @@ def rescaled(
         new: its approximation at unit scale, B' [m, k] and A' [k, n] in fp32 or fp64.
         code: of the type to write.
         gain: above 0.
-        columns: the diagonal of D, [k], above 0; ones if None.
+        balance: "even" leaves B' and A' as they are; "A" or "B" gives that one all of σ.
+
+    Returns:
+        B'' [m, k] and A'' [k, n]; with a balance at most as many components as its orthonormal side allows.
     """
     exact_B, exact_A = as_numpy(new.B).astype(np.float64), as_numpy(new.A).astype(np.float64)
-    if columns is not None:
-        exact_B, exact_A = exact_B * columns, exact_A / columns[:, None]
+    if balance == "A":
+        exact_B, exact_A = _orthonormal(exact_B, exact_A)
+    elif balance == "B":
+        exact_A, exact_B = (x.T for x in _orthonormal(exact_A.T, exact_B.T))
     with np.errstate(all="ignore"):  # an overflow in storage is refused by the caller, who knows the module's name
         B, A = (exact_B * gain).astype(NUMPY[code]), exact_A.astype(NUMPY[code])
         stored_B = B.astype(np.float64) / gain
@@ -55,6 +50,13 @@ def rescaled(
 
         error = min(error, difference(f.B, f.A, f.scale * gain, B, A) / gain)
     return Truncated(B, A, error, *(x if math.isfinite(x) else math.inf for x in lost))
+
+
+def _orthonormal(X: NDArray[Any], Y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """X [p, k] · Y [k, q] with orthonormal columns in the place of X, all of them, for X's smallest are roundoff."""
+    Q, R = np.linalg.qr(X)
+    signs = np.where(np.diagonal(R) < 0, -1.0, 1.0)  # where X's columns are orthogonal, Q's have their directions
+    return Q * signs, (R * signs[:, None]) @ Y
 
 
 def _product_bound(left: NDArray[Any], right: NDArray[Any]) -> float:

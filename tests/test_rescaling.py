@@ -131,13 +131,31 @@ def test_all_of_sigma_on_one_side(backend: str, code: str, side: str, gain: floa
             assert not gram[kept:].any()
 
 
-def test_components_of_zero_stay_zero() -> None:
-    f = LoraFactors("x", np.diag([2.0, 1.0, 0.0]).astype(np.float32), np.eye(3, 5, dtype=np.float32))
-    (new,) = para_ext.decompose([f]).truncate({"x": 3}, balance="B")
-    assert torch.allclose(new.A @ new.A.T, torch.diag(torch.tensor([1.0, 1.0, 0.0])), atol=1e-6)
-    assert torch.isfinite(new.B).all()
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("small", [1e-2, 1e-5, 1e-7, 1e-12, 0.0])
+@pytest.mark.parametrize("shape", [(M, N), (4, N), (M, 4)])
+def test_orthonormal_down_to_roundoff(backend: str, side: str, small: float, shape: tuple[int, int]) -> None:
+    """In factors that are ill-conditioned, too, and where rank exceeds a side; and with the certificate."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([1.0, 0.5, small, small, small, small])
+    mixed = torch.randn(R, R, generator=generator, dtype=torch.float64)
+    B = torch.randn(shape[0], R, generator=generator) * sizes @ mixed.float()
+    A = (torch.linalg.inv(mixed) @ torch.randn(R, shape[1], generator=generator).double()).float()
+    f = LoraFactors("x", B.numpy(), A.numpy(), 0.7)
+    (new,) = para_ext.decompose([f], backend=backend).truncate_certified({"x": R}, balance=side)
+    assert new.B.shape == (shape[0], R) and new.A.shape == (R, shape[1])
+    check(f, new, 1.0)
+    there = min(R, shape[0] if side == "A" else shape[1])
+    unit = as_tensor(new.B).T if side == "A" else as_tensor(new.A)
+    gram = unit.double() @ unit.double().T
+    assert torch.allclose(gram[:there, :there], torch.eye(there, dtype=torch.float64), atol=1e-6)
+    assert not gram[there:].any()
+
+
+def test_an_unknown_balance_is_refused() -> None:
     with pytest.raises(ParaError, match="balance is 'C'; give one of even, A, B"):
-        para_ext.decompose([f]).truncate({"x": 3}, balance="C")
+        para_ext.decompose([module(0, scale=1.0, code="F32")]).truncate({"m0": 3}, balance="C")
 
 
 @settings(max_examples=150, deadline=None)
