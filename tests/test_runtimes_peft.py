@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,31 @@ def test_merged_refuses_one_side_of_tied_weights(tmp_path: Path, kind: str) -> N
     with pytest.raises(ParaError, match="is one weight in several places"):
         para_ext.convert_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=tmp_path / "base")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif("ensure_weight_tying" not in signature(peft.LoraConfig).parameters, reason="PEFT is too old")
+@pytest.mark.parametrize(
+    ("targets", "saved"), [(["q_proj"], ["embed_tokens"]), (["q_proj", "embed_tokens"], None)], ids=["saved", "LoRA"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_takes_both_sides_of_tied_weights(
+    tmp_path: Path, targets: list[str], saved: list[str] | None, dtype: torch.dtype
+) -> None:
+    """Trained as one weight, they are merged as one, and both modules' certificates have its rounding."""
+    _, settings, _ = TIED["Llama"]
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=48, **settings)).to(dtype).eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned = _adapted(
+        base, tmp_path / "adapter", target_modules=targets, modules_to_save=saved, ensure_weight_tying=True
+    )
+    report = para_ext.convert_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=tmp_path / "base")
+    made = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    inputs = {"input_ids": torch.randint(1, 48, (2, 8))}
+    error = relative_error(logits(made, inputs), logits(tuned.float(), inputs))
+    assert error <= (1e-5 if dtype == torch.float32 else 0.02)
+    errors = {module.name: module.error for module in report.modules}
+    if saved is None:
+        assert errors["lm_head"] == pytest.approx(errors["model.embed_tokens"], rel=0.01) != 0
 
 
 def test_merged_refuses_the_shared_embedding_of_encoder_and_decoder(tmp_path: Path) -> None:

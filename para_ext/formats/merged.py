@@ -99,6 +99,9 @@ class MergedAdapter(Adapter[PeftSlot]):
                 meter.add(tensors[key].nbytes)
             write_safetensors(folder / file, tensors, {**header, "format": "pt", "para_ext": header_text})
             meter.add(2 * size - sum(tensor.nbytes for tensor in tensors.values()))
+        for slot in self.slots:
+            if slot.role == "tied" and slot.unit in rounding:
+                rounding[slot.name] = rounding[slot.unit]
         left_out = []
         for path in sorted(self.base.folder.iterdir()):
             if not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name[0] == "." or path.name == SIDECAR:
@@ -124,10 +127,14 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
     check_plain(adapter, "merged", foreign=True)
     shapes = _shapes(base)
     saved = {}
+    both = False  # whether the adapter changes input and output alike where they are one weight
     for key, tensor in adapter.foreign.items():
         name = _first(_candidates(key.removeprefix(PREFIX).replace(".base_layer.", "."), base.kind), shapes)
         if not name and base.tied and _is_embedding(key, tensor.shape, base):
-            raise _changed_on_one_side(key, base)
+            if not any(other is not tensor and np.array_equal(other, tensor) for other in adapter.foreign.values()):
+                raise _changed_on_one_side(key, base)
+            both = True
+            continue
         if not name or shapes[name] != tensor.shape:
             raise ParaError(
                 f"'{adapter.path}' also holds '{key}', which is no tensor of '{base.folder}' of its shape: give the "
@@ -136,6 +143,9 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
         saved[name] = tensor
     pieces: dict[str, Piece] = {}
     for slot in adapter.slots:
+        if slot.role == "tied" and base.tied:
+            both = True
+            continue
         found = _pieces(slot, base, shapes, _flipped(slot, adapter, base))
         if not found:
             raise ParaError(
@@ -149,7 +159,7 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
             )
         pieces |= found
     shared = next((key for key in (*pieces, *saved) if _is_embedding(key, shapes[key], base)), "")
-    if shared and (base.tied or base.config.get("is_encoder_decoder")):
+    if shared and ((base.tied and not both) or base.config.get("is_encoder_decoder")):
         raise _changed_on_one_side(shared, base)
     return MergedAdapter(
         path=adapter.path,
