@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Callable
@@ -148,6 +149,92 @@ def test_overwrite_replaces_only_what_para_ext_wrote(tmp_path: Path, source: Pat
     with pytest.raises(ParaError, match="is not a folder"):
         write_folder(tmp_path / "link", fill("new"), overwrite=True, source=source)
     assert content(other) == "old"
+
+
+def test_a_file_is_compared_whole_but_for_tensors(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "tokenizer.json").write_bytes(bytes(3 << 20))
+        return fill("old")(folder)
+
+    write_folder(out, write, overwrite=False, source=source)
+    with (out / "tokenizer.json").open("r+b") as file:
+        file.seek(2 << 20)
+        file.write(b"mine")
+    with pytest.raises(ParaError, match=r"tokenizer\.json has been changed since"):
+        write_folder(out, fill("new"), overwrite=True, source=source)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+@pytest.mark.parametrize("name", ["para_ext.json", ADAPTER[0]])
+def test_a_pipe_is_not_read(tmp_path: Path, source: Path, name: str) -> None:
+    out = tmp_path / "out"
+    write_folder(out, fill("old"), overwrite=False, source=source)
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    with pytest.raises(ParaError, match="does not replace it"):
+        write_folder(out, fill("new"), overwrite=True, source=source)
+
+
+def test_names_that_are_long_or_no_names(tmp_path: Path, source: Path) -> None:
+    for name in ("名" * 84, "🦙" * 62, "x" * 255):
+        for _ in range(2):
+            write_folder(tmp_path / name, fill("new"), overwrite=True, source=source)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("loop/x", "x\0y"):
+        with pytest.raises(ParaError, match=r"is no path that a file can have|could not be (written|read)"):
+            write_folder(tmp_path / name, fill("new"), overwrite=False, source=source)
+
+
+def test_what_cannot_be_put_back_is_named(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer comes between the two renames, while what was there turns out to be someone's."""
+    out = tmp_path / "out"
+    write_folder(out, fill("old"), overwrite=False, source=source)
+    rename = Path.rename
+
+    def raced(self: Path, target: Path) -> Path:
+        if self == out:
+            (out / "mine").write_text("precious")
+            result = rename(self, target)
+            out.mkdir()
+            (out / "other").write_text("")
+            return result
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", raced)
+    with pytest.raises(ParaError, match=r"is another one now, and what it held before is at '(.*)'") as refusal:
+        write_folder(out, fill("new"), overwrite=True, source=source)
+    kept = Path(str(refusal.value).split("is at '")[1].split("'")[0])
+    assert (kept / "mine").read_text() == "precious"
+    assert content(kept) == "old"
+
+
+def test_an_interrupt_while_the_old_version_goes(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    write_folder(out, fill("old"), overwrite=False, source=source)
+    rmtree, calls = shutil.rmtree, 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+        rmtree(*args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(out, fill("new"), overwrite=True, source=source)
+    assert content(out) == "new"
+    assert names_in(tmp_path) == ["adapter", "out"]
+
+
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path: Path, source: Path) -> None:
+    def write(folder: Path) -> dict[str, Any]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "base" / "config.json"))
+
+    with pytest.raises(ParaError, match=r"config\.json' could not be read"):
+        write_folder(tmp_path / "out", write, overwrite=False, source=source)
 
 
 @pytest.mark.parametrize(("before", "overwrite"), [(False, False), (False, True), (True, True)])
@@ -379,11 +466,15 @@ def test_overwrite_spares_what_is_not_ours(tmp_path: Path) -> None:
     pair = {"lora_unet_x.lora_down.weight": torch.ones(2, 4), "lora_unet_x.lora_up.weight": torch.ones(4, 2)}
     save_torch(pair, style)
     foreign = tmp_path / "model.safetensors"
-    save_torch({"w": torch.ones(3)}, foreign)
-    before = foreign.read_bytes()
+    for note in (None, {"note": "as para_ext"}):
+        save_torch({"w": torch.ones(3), "para_ext": torch.ones(1)}, foreign, note)
+        before = foreign.read_bytes()
+        with pytest.raises(ParaError, match="was not written by para-ext"):
+            para_ext.compress_adapter(style, foreign, keep=1.0, overwrite=True)
+        assert foreign.read_bytes() == before
+    foreign.write_text("my notes on para_ext")
     with pytest.raises(ParaError, match="was not written by para-ext"):
         para_ext.compress_adapter(style, foreign, keep=1.0, overwrite=True)
-    assert foreign.read_bytes() == before
     small = tmp_path / "small.safetensors"
     for _ in range(2):
         para_ext.compress_adapter(style, small, keep=1.0, overwrite=True)

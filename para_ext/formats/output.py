@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import ParaError
@@ -30,7 +30,8 @@ SINGLE = "lora.safetensors"
 MLX = "adapters.safetensors"
 GGUF = "adapter.gguf"
 _REPLACED = (CONFIG, SIDECAR, WEIGHTS, PICKLED)
-_START = 1 << 20  # of a file, what is hashed: in ours of tensors the header stands there, which no other tool writes
+_TENSORS = (".safetensors", ".gguf")
+_START = 1 << 20  # of our tensor files, what is hashed: their header stands there, which no other tool writes so
 
 # What belongs to an adapter beside its weights: model card, licence, tokenizer, processor, chat template.
 _CARDS = ("README.md", "LICENSE*", "NOTICE*")
@@ -77,7 +78,7 @@ def write_folder(out: Path, write: Callable[[Path], Mapping[str, Any]], *, overw
                 if not new.exists():
                     out.rename(new)
                 if os.path.lexists(old):
-                    old.rename(out)
+                    _put_back(old, out)
                 raise
         if old.exists():
             _remove_old(out, old)
@@ -100,13 +101,14 @@ def write_file(out: Path, name: str, write: Callable[[Path], object], *, overwri
 
 def check_out(out: Path, *, overwrite: bool, source: Path, file: bool = False) -> None:
     """Refuse to write ``out`` where that would touch the source, or replace what may not be (see `write_folder`)."""
-    _check_apart(out, source)
-    if not os.path.lexists(out):
-        return
-    if file:
-        _check_replaceable_file(out, overwrite)
-    else:
-        _check_replaceable(out, out, overwrite)
+    with _one_line(out, source):
+        _check_apart(out, source)
+        if not os.path.lexists(out):
+            return
+        if file:
+            _check_replaceable_file(out, overwrite)
+        else:
+            _check_replaceable(out, out, overwrite)
 
 
 def copy_along(source: Path, target: Path, own: str = WEIGHTS) -> list[str]:
@@ -188,7 +190,10 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _check_apart(out: Path, source: Path) -> None:
-    to, origin = out.resolve(), source.resolve()
+    try:
+        to, origin = out.resolve(), source.resolve()
+    except (RuntimeError, ValueError) as e:  # links that lead round in circles, up to Python 3.12; a NUL
+        raise ParaError(f"'{out}' is no path that a file can have ({e}): give another one") from e
     if to == origin:
         raise ParaError(f"'{out}' is what is read: give another name for the result")
     if to.is_relative_to(origin):
@@ -231,12 +236,23 @@ def _check_replaceable_file(out: Path, overwrite: bool) -> None:
         raise ParaError(f"'{out}' exists: give a new name, or overwrite=True to replace it")
     if out.is_symlink() or not out.is_file():
         raise ParaError(f"'{out}' is not a regular file, so overwrite=True does not replace it: give another one")
-    with out.open("rb") as file:
-        start = file.read(1 << 20)
-    if b"para_ext" not in start:  # the header's key; in both kinds of file it stands near the start
+    if not _says_ours(out):
         raise ParaError(
             f"'{out}' was not written by para-ext, so overwrite=True does not replace it: move it away first"
         )
+
+
+def _says_ours(path: Path) -> bool:
+    """Whether a single file has our text in its header."""
+    with path.open("rb") as file:
+        start = file.read(_START)
+    if start[:4] == b"GGUF":
+        return b"para_ext" in start
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return "para_ext" in (tensors.metadata() or {})
+    except SafetensorError:
+        return False
 
 
 def _is_plain(path: Path) -> bool:
@@ -245,16 +261,17 @@ def _is_plain(path: Path) -> bool:
 
 def _identity(path: Path) -> dict[str, Any]:
     """What para_ext.json records of a file beside it, to tell later whether it is still that file."""
+    start = path.suffix in _TENSORS
     with path.open("rb") as file:
-        start = file.read(_START)
-    return {"bytes": path.stat().st_size, "start_sha256": hashlib.sha256(start).hexdigest()}
+        digest = hashlib.sha256(file.read(_START if start else -1)).hexdigest()
+    return {"bytes": path.stat().st_size, "start_sha256" if start else "sha256": digest}
 
 
 def _recorded(sidecar: Path) -> Mapping[str, Any]:
     """The record of the files that were written along with para_ext.json; empty where there is none."""
     try:
-        files = json.loads(sidecar.read_text(encoding="utf-8"))["files"]
-        return files if _is_plain(sidecar) and isinstance(files, dict) else {}
+        files = json.loads(sidecar.read_text(encoding="utf-8"))["files"] if _is_plain(sidecar) else {}
+        return files if isinstance(files, dict) else {}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
@@ -266,10 +283,23 @@ def _one_line(out: Path, source: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ParaError(f"no space left to write '{out}': free some, or give a folder on another disk") from e
-        if e.filename and Path(os.fsdecode(e.filename)).is_relative_to(source):
+        if e.filename and not _is_output(Path(os.fsdecode(e.filename)), out):
             reason = e.strerror or e
             raise ParaError(f"'{os.fsdecode(e.filename)}' could not be read ({reason}): make it readable") from e
         raise ParaError(f"'{out}' could not be written ({e.strerror or e}): give a folder that can be") from e
+
+
+def _is_output(path: Path, out: Path) -> bool:
+    """Whether it is of what is written: a parent, ``out`` or its hidden twins, or in these."""
+    if path in out.parents:
+        return True
+    below = path.relative_to(out.parent).parts[0] if path.is_relative_to(out.parent) else ""
+    return below == out.name or below.startswith(_stem(out))
+
+
+def _stem(out: Path) -> str:
+    """What the hidden twins' names begin with, short enough for file systems that allow 255 bytes."""
+    return f".{os.fsencode(out.name)[:100].decode(errors='ignore')}."
 
 
 @contextlib.contextmanager
@@ -290,7 +320,7 @@ def _parents(out: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _temporary(out: Path) -> Iterator[tuple[Path, Path]]:
     """A new hidden folder beside ``out``, removed on failure, and a free name for the old one."""
-    stem = out.parent / f".{out.name[:100]}.{secrets.token_hex(4)}"
+    stem = out.parent / f"{_stem(out)}{secrets.token_hex(4)}"
     new, old = Path(f"{stem}.new"), Path(f"{stem}.old")
     try:
         new.mkdir()  # not tempfile.mkdtemp, which would ignore the umask
@@ -300,11 +330,21 @@ def _temporary(out: Path) -> Iterator[tuple[Path, Path]]:
         raise
 
 
+def _put_back(old: Path, out: Path) -> None:
+    try:
+        old.rename(out)
+    except OSError as e:
+        raise ParaError(f"'{out}' is another one now, and what it held before is at '{old}': look at both") from e
+
+
 def _remove_old(out: Path, old: Path) -> None:
     try:
         shutil.rmtree(old)
     except OSError as e:
         raise ParaError(f"'{out}' is written, but what it replaced is still at '{old}': remove that folder") from e
+    except BaseException:  # an interrupt: what is written stays, so what it replaced must go
+        shutil.rmtree(old, ignore_errors=True)
+        raise
 
 
 def _flush(folder: Path) -> None:
