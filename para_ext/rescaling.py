@@ -33,11 +33,11 @@ def rescaled(f: LoraFactors, new: Truncated, code: str, gain: float = 1.0, balan
         B'' [m, k] and A'' [k, n]; with a balance at most as many components as its orthonormal side allows.
     """
     exact_B, exact_A = as_numpy(new.B).astype(np.float64), as_numpy(new.A).astype(np.float64)
-    if balance == "A":
-        exact_B, exact_A = _orthonormal(exact_B, exact_A)
-    elif balance == "B":
-        exact_A, exact_B = (x.T for x in _orthonormal(exact_A.T, exact_B.T))
-    with np.errstate(all="ignore"):  # an overflow in storage is refused by the caller, who knows the module's name
+    with np.errstate(all="ignore"):  # an overflow is refused by the caller, who knows the module's name
+        if balance == "A":
+            exact_B, exact_A = _orthonormal(exact_B, exact_A)
+        elif balance == "B":
+            exact_A, exact_B = (x.T for x in _orthonormal(exact_A.T, exact_B.T))
         B, A = (exact_B * gain).astype(NUMPY[code]), exact_A.astype(NUMPY[code])
         stored_B = B.astype(np.float64) / gain
         dB, dA = stored_B - exact_B, A.astype(np.float64) - exact_A

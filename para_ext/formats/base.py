@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +31,12 @@ class BaseModel:
     Attributes:
         folder: where it lies.
         config: config.json; of a model of several parts, that of its language model.
+        whole: config.json as it stands.
     """
 
     folder: Path
     config: Mapping[str, Any]
+    whole: Mapping[str, Any]
 
     @property
     def kind(self) -> str:
@@ -43,8 +45,11 @@ class BaseModel:
 
     @property
     def tied(self) -> bool:
-        """Whether input and output share one weight, as transformers takes it where config.json does not say."""
-        return bool(self.config.get("tie_word_embeddings", True))
+        """Whether input and output share one weight, as transformers takes it where config.json does not say.
+
+        Of a model of several parts, whether any of them says so: what holds is not the same in every version.
+        """
+        return bool(self.config.get("tie_word_embeddings", True)) or bool(self.whole.get("tie_word_embeddings", False))
 
     @property
     def layers(self) -> int:
@@ -107,8 +112,35 @@ class BaseModel:
         try:
             with safe_open(whole, framework="numpy") as file:
                 return dict.fromkeys(file.keys(), _ONE_FILE)
-        except (SafetensorError, OSError) as e:
+        except OSError as e:
+            raise ParaError(f"'{whole}' could not be read ({e.strerror or e}): make it readable") from e
+        except SafetensorError as e:
             raise ParaError(f"'{whole}' is not a whole safetensors file: download or save it again") from e
+
+    @cached_property
+    def _model(self) -> Any:
+        """The model as transformers makes it, without weights; None where it can't. Code of the folder is never run."""
+        try:
+            import torch
+            import transformers
+
+            config = transformers.AutoConfig.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+            with torch.device("meta"):
+                return getattr(transformers, config.architectures[0])(config)
+        except Exception:  # not installed, older, or no model of transformers
+            return None
+
+    @cached_property
+    def shared(self) -> Sequence[Collection[str]] | None:
+        """Names in transformers of parameters that are one weight there, weight by weight; None if it can't tell."""
+        if self._model is None:
+            return None
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            names[id(parameter)].append(name)
+        return [group for group in names.values() if len(group) > 1]
 
     @cached_property
     def renamed(self) -> Mapping[str, Sequence[tuple[str, str | None]]]:
@@ -116,17 +148,14 @@ class BaseModel:
 
         A key that is one of several that make up one parameter comes with the pattern that it matched.
         """
+        if self._model is None:
+            return {}
         try:
-            import torch
-            import transformers
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-            config = transformers.AutoConfig.from_pretrained(self.folder)
-            with torch.device("meta"):
-                model = getattr(transformers, config.architectures[0])(config)
-            rules = get_model_conversion_mapping(model)
-        except Exception:  # not installed, older, or no model of transformers: then the names are the keys
+            rules = get_model_conversion_mapping(self._model)
+        except Exception:  # older: then the names are the keys
             return {}
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -155,11 +184,11 @@ def read_base(source: str | Path, *, weights: bool = False) -> BaseModel:
         raise ParaError(f"'{path}' is an adapter: give the folder of its base model by base=")
     if file.name != "config.json" or not file.is_file():
         raise ParaError(f"'{path}' is no base model, which has a config.json: give its folder")
-    config = read_json(file)
+    whole = config = read_json(file)
     for part in ("text_config", "llm_config"):
         if isinstance(config.get(part), dict):
             config = {**config, **config[part]}
-    return BaseModel(file.parent, config)
+    return BaseModel(file.parent, config, whole)
 
 
 def _config(source: str, names: Sequence[str], file: str | None) -> Sequence[str]:

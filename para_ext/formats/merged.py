@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class MergedAdapter(Adapter[PeftSlot]):
     Attributes:
         base: the model.
         pieces: what is added, by key of the base.
-        saved: tensors of modules_to_save, by the key that they replace.
+        saved: tensors that the adapter holds whole, in the base's types, by the key that they replace.
         progress: told of the base's bytes as they are written.
     """
 
@@ -91,8 +92,8 @@ class MergedAdapter(Adapter[PeftSlot]):
             tensors, header = read_tensors(self.base.folder / file)
             for key in tensors:
                 if key in self.saved:
-                    tensors[key] = _in_type_of(tensors[key], self.saved[key], key)
-                elif key in self.pieces:
+                    tensors[key] = self.saved[key]
+                if key in self.pieces:
                     tensors[key], lost = _merged(self.pieces[key], tensors[key], factors)
                     for name, norm in lost.items():
                         rounding[name] = math.hypot(rounding.get(name, 0.0), norm)
@@ -104,7 +105,7 @@ class MergedAdapter(Adapter[PeftSlot]):
                 rounding[slot.name] = rounding[slot.unit]
         left_out = []
         for path in sorted(self.base.folder.iterdir()):
-            if not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name[0] == "." or path.name == SIDECAR:
+            if path.suffix in WEIGHT_SUFFIXES or path.name[0] == "." or path.name == SIDECAR:
                 continue
             if holds_itself(path) or path.name == "config.json":  # which was read as such
                 shutil.copyfile(path, folder / path.name)
@@ -112,7 +113,7 @@ class MergedAdapter(Adapter[PeftSlot]):
                 left_out.append(path.name)
         notes = [f"'{self.base.folder}' and the adapter in one, in the base's types: no runtime needs to know of LoRA."]
         if left_out:
-            notes.append(f"Links that lead out of the base's folder were not copied: {', '.join(left_out)}.")
+            notes.append(f"Not copied from the base, as folders or links out of it: {', '.join(left_out)}.")
         return Filled(notes, rounding)
 
 
@@ -125,28 +126,30 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
     from .servers import check_plain
 
     check_plain(adapter, "merged", foreign=True)
-    shapes = _shapes(base)
-    saved = {}
-    both = False  # whether the adapter changes input and output alike where they are one weight
+    weights = _Weights(base)
+    saved: dict[str, NDArray[Any]] = {}
+    held: dict[str, NDArray[Any]] = {}  # what the adapter changes by holding it whole, by its name in the model
     for key, tensor in adapter.foreign.items():
-        name = _first(_candidates(key.removeprefix(PREFIX).replace(".base_layer.", "."), base.kind), shapes)
-        if not name and base.tied and _is_embedding(key, tensor.shape, base):
-            if not any(other is not tensor and np.array_equal(other, tensor) for other in adapter.foreign.values()):
-                raise _changed_on_one_side(key, base)
-            both = True
-            continue
-        if not name or shapes[name] != tensor.shape:
+        name = weights.name(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        twins = weights.twins(name, tensor.shape)
+        place = next(filter(None, map(weights.place, (name, *twins))), "")
+        if not place or weights.tensors[place].shape != tensor.shape:
             raise ParaError(
                 f"'{adapter.path}' also holds '{key}', which is no tensor of '{base.folder}' of its shape: give the "
                 "base model of this adapter"
             )
-        saved[name] = tensor
-    pieces: dict[str, Piece] = {}
-    for slot in adapter.slots:
-        if slot.role == "tied" and base.tied:
-            both = True
+        tensor = _in_type_of(weights.tensors[place], tensor, key)
+        if np.array_equal(tensor, weights.tensors[place]):  # PEFT saves the base's own embeddings, too
             continue
-        found = _pieces(slot, base, shapes, _flipped(slot, adapter, base))
+        held[name] = saved[place] = tensor
+    pieces: dict[str, Piece] = {}
+    adapted: dict[str, PeftSlot] = {}
+    for slot in adapter.slots:
+        name = weights.name(slot.name if slot.experts else f"{slot.name}.weight")
+        adapted[name] = slot
+        found = _pieces(slot, name, weights, _flipped(slot, adapter, base))
+        if not found and slot.role == "tied" and any(map(weights.place, weights.twins(name, _shape(slot)))):
+            continue  # what is added to the embedding is added to it
         if not found:
             raise ParaError(
                 f"module '{slot.name}' has no weight in '{base.folder}' that its ΔW fits: give the base model of this "
@@ -158,9 +161,7 @@ def for_merging(adapter: PeftAdapter, base: BaseModel, progress: Progress | None
                 "give the base model of this adapter"
             )
         pieces |= found
-    shared = next((key for key in (*pieces, *saved) if _is_embedding(key, shapes[key], base)), "")
-    if shared and ((base.tied and not both) or base.config.get("is_encoder_decoder")):
-        raise _changed_on_one_side(shared, base)
+    _check_twins(held, adapted, weights)
     return MergedAdapter(
         path=adapter.path,
         weights=adapter.weights,
@@ -182,19 +183,93 @@ def _flipped(slot: PeftSlot, adapter: PeftAdapter, base: BaseModel) -> bool | No
     return None if adapter.config.get("fan_in_fan_out") else False
 
 
-def _is_embedding(key: str, shape: tuple[int, ...], base: BaseModel) -> bool:
-    """Whether it is a model's input or output embedding, which may be one weight: by its name, or its size."""
-    parts = key.split(".")
-    if parts[-1] == "weight" and parts[-2:-1] and parts[-2] in _EMBEDDINGS:
-        return True
-    in_a_layer = any(part.isdigit() for part in parts)
-    return len(shape) == 2 and not in_a_layer and base.config.get("vocab_size") in shape
+class _Weights:
+    """A base's tensors by the names that an adapter calls them by.
+
+    Attributes:
+        tensors: by key in the base's files, mapped.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self.tensors: dict[str, NDArray[Any]] = {}
+        for file in sorted(set(base.shards.values())):
+            self.tensors |= read_tensors(base.folder / file)[0]
+
+    def name(self, name: str) -> str:
+        """What transformers calls it, if it is a weight with several names there."""
+        if _outside_layers(name):
+            candidates, place = self._candidates(name), self.place(name)
+            for other in chain.from_iterable(self._base.shared or ()):
+                if other in candidates or (place and self.place(other) == place):
+                    return other
+        return name
+
+    def place(self, name: str) -> str:
+        """The key that holds it; empty where none does."""
+        candidates = self._candidates(name)
+        if key := next((key for key in candidates if key in self.tensors), ""):
+            return key
+        sources = self.sources(name)
+        return sources[0][0] if len(sources) == 1 else ""
+
+    def sources(self, name: str) -> Sequence[tuple[str, str | None]]:
+        """The keys that transformers makes it of, where it renames; see :attr:`BaseModel.renamed`."""
+        renamed = self._base.renamed
+        return next((renamed[name] for name in self._candidates(name) if name in renamed), [])
+
+    def twins(self, name: str, shape: tuple[int, ...]) -> Collection[str]:
+        """The other names of the weight that it is, such as the output layer's of an input embedding.
+
+        Where transformers does not know the model, what looks like an embedding counts as shared, if config.json does
+        not say that it isn't.
+        """
+        if not _outside_layers(name):
+            return []
+        if self._base.shared is not None:
+            found = next((group for group in self._base.shared if name in group), [])
+            return [other for other in found if other != name]
+        if not (self._base.tied or self._base.config.get("is_encoder_decoder")) or not self._is_embedding(name, shape):
+            return []
+        others = [key for key, t in self.tensors.items() if key != name and self._is_embedding(key, t.shape)]
+        return others or ["the output layer"]
+
+    def _is_embedding(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether it is an input or output embedding, by its name or size."""
+        parts = name.split(".")
+        named = parts[-1] == "weight" and parts[-2:-1] and parts[-2] in _EMBEDDINGS
+        return bool(named) or (
+            len(shape) == 2 and _outside_layers(name) and self._base.config.get("vocab_size") in shape
+        )
+
+    def _candidates(self, name: str) -> list[str]:
+        """What it may be called in the base: models with heads may call their body otherwise, or not at all."""
+        kind = self._base.kind
+        first, _, rest = name.partition(".")
+        bodies = {"model", "transformer", kind, *kind.replace("-", "_").split("_")}
+        return [name, *([rest] if first in bodies else []), f"model.{name}"]
 
 
-def _changed_on_one_side(key: str, base: BaseModel) -> ParaError:
+def _outside_layers(name: str) -> bool:
+    return not any(part.isdigit() for part in name.split("."))
+
+
+def _check_twins(held: Mapping[str, NDArray[Any]], adapted: Mapping[str, PeftSlot], weights: _Weights) -> None:
+    """Refuse to change one weight in one place only, for it would change in all."""
+    for name, tensor in held.items():
+        for twin in weights.twins(name, tensor.shape):
+            if twin not in held or not np.array_equal(held[twin], tensor):
+                raise _changed_on_one_side(name, twin)
+    for name, slot in adapted.items():
+        for twin in weights.twins(name, _shape(slot)):
+            if twin not in adapted or adapted[twin].unit != slot.unit or "tied" not in (slot.role, adapted[twin].role):
+                raise _changed_on_one_side(name, twin)
+
+
+def _changed_on_one_side(name: str, twin: str) -> ParaError:
     return ParaError(
-        f"'{key}' is one weight in several places of '{base.folder}', which the adapter changes one by one: it can't "
-        "be merged; use target='peft'"
+        f"'{name}' and '{twin}' are one weight in the base, which the adapter does not change alike: it can't be "
+        "merged; use target='peft'"
     )
 
 
@@ -202,6 +277,8 @@ def _in_type_of(weight: NDArray[Any], saved: NDArray[Any], key: str) -> NDArray[
     """The adapter's own tensor in the type of the base's."""
     with np.errstate(over="ignore"):
         cast: NDArray[Any] = saved.astype(weight.dtype)
+    if weight.dtype.kind in "iub":  # counts and the like
+        return cast
     if not np.array_equal(np.isfinite(cast), np.isfinite(saved)):
         raise ParaError(
             f"'{key}' of the adapter exceeds the range of {dtype_name(weight.dtype)}, the base's type: use a base that "
@@ -239,53 +316,23 @@ def _merged(
     parts = lost if slot.experts else np.split(lost, np.cumsum([len(d) for d in deltas])[:-1])
     # ΔW' = 0 adds nothing, nor does its rounding; fp64 sums are exact to their own unit roundoff.
     bounds = {
-        member.name: float(np.linalg.norm(part)) * (1 + 1e-9) + UNIT_ROUNDOFF * float(np.linalg.norm(weight))
+        member.name: float(np.linalg.norm(part)) * (1 + 1e-9) + UNIT_ROUNDOFF * float(np.linalg.norm(exact))
         for member, part, d in zip(members, parts, deltas, strict=True)
         if d.any()
     }
     return merged, bounds
 
 
-def _shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """Of every tensor of the base that holds plain floating-point numbers."""
-    shapes = {}
-    for file in sorted(set(base.shards.values())):
-        tensors, _ = read_tensors(base.folder / file)
-        for key, tensor in tensors.items():
-            if tensor.dtype in _FLOATS or dtype_name(tensor.dtype) == "bfloat16":
-                shapes[key] = tensor.shape
-    return shapes
-
-
-def _candidates(name: str, kind: str) -> list[str]:
-    """Keys that the base may have for a tensor's name: they may differ by what models with heads call their body."""
-    first, _, rest = name.partition(".")
-    bodies = {"model", "transformer", kind, *kind.replace("-", "_").split("_")}
-    return [name, *([rest] if first in bodies else []), f"model.{name}"]
-
-
-def _first(names: Sequence[str], there: Mapping[str, Any]) -> str:
-    return next((name for name in names if name in there), "")
-
-
-def _pieces(
-    slot: PeftSlot, base: BaseModel, shapes: Mapping[str, tuple[int, ...]], flipped: bool | None
-) -> dict[str, Piece]:
+def _pieces(slot: PeftSlot, name: str, weights: _Weights, flipped: bool | None) -> dict[str, Piece]:
     """Where in the base the slot's ΔW goes; empty where nothing fits."""
-    names = _candidates(slot.name if slot.experts else f"{slot.name}.weight", base.kind)
-    if key := _first(names, shapes):
-        fits = _fits(slot, shapes[key], flipped)
+    if key := weights.place(name):
+        fits = _fits(slot, weights.tensors[key], flipped)
         return {} if fits is None else {key: Piece(slot, transposed=fits)}
-    sources = base.renamed.get(_first(names, base.renamed), [])
-    if len(sources) == 1:
-        key = sources[0][0]
-        fits = _fits(slot, shapes.get(key, ()), flipped)
-        return {} if fits is None else {key: Piece(slot, transposed=fits)}
-    return _of_experts(slot, sources, shapes)
+    return _of_experts(slot, weights.sources(name), weights.tensors)
 
 
 def _of_experts(
-    slot: PeftSlot, sources: Sequence[tuple[str, str | None]], shapes: Mapping[str, tuple[int, ...]]
+    slot: PeftSlot, sources: Sequence[tuple[str, str | None]], tensors: Mapping[str, NDArray[Any]]
 ) -> dict[str, Piece]:
     """Experts that the base keeps one by one, gate and up apart: rows of each one's ΔW in the order of the patterns."""
     patterns: dict[str | None, list[str]] = {}
@@ -295,8 +342,10 @@ def _of_experts(
     start = 0
     # transformers concatenates gate (w1) and up (w3) in this order, which is that of their names too.
     for _, keys in sorted(patterns.items(), key=lambda item: str(item[0])):
-        shape = shapes.get(keys[0], ())
-        if len(keys) != len(slot.members) or len(shape) != 2 or any(shapes.get(key) != shape for key in keys):
+        shape = tensors[keys[0]].shape
+        if len(keys) != len(slot.members) or len(shape) != 2:
+            return {}
+        if any(tensors[key].shape != shape or not _is_plain(tensors[key]) for key in keys):
             return {}
         rows = slice(start, start + shape[0])
         pieces |= {key: Piece(slot, expert, rows) for expert, key in enumerate(keys)}
@@ -305,17 +354,31 @@ def _of_experts(
     return pieces if fits else {}
 
 
-def _fits(slot: PeftSlot, shape: tuple[int, ...], flipped: bool | None) -> bool | None:
-    """Whether the weight of this shape is ΔW's transpose; None where it is neither, or could be either.
+def _shape(slot: PeftSlot) -> tuple[int, ...]:
+    """Of its ΔW; of an embedding's and a transposed layer's weight the order is another."""
+    return slot.B.shape[0], *slot.A.shape[1:]
+
+
+def _is_plain(weight: NDArray[Any]) -> bool:
+    return weight.dtype in _FLOATS or dtype_name(weight.dtype) == "bfloat16"
+
+
+def _fits(slot: PeftSlot, weight: NDArray[Any], flipped: bool | None) -> bool | None:
+    """Whether the weight is ΔW's transpose; None where it is neither, could be either, or holds no plain numbers.
 
     Args:
         flipped: whether plain layers keep weights transposed; None where the shape must tell.
     """
-    out, rest = slot.B.shape[0], slot.A.shape[1:]
+    shape = weight.shape
+    if not _is_plain(weight):
+        return None
+    out, *rest = _shape(slot)
     if slot.embedding:
         return True if shape == (*rest, out) else None
     if slot.experts:
         m, n = slot.members[0].m, slot.members[0].n
+        if len(shape) == 2:  # a router's, say: PEFT takes a parameter of two dimensions as a linear layer's
+            return False if len(slot.members) == 1 and shape == (m, n) else None
         either: dict[tuple[int, ...], bool] = {(len(slot.members), m, n): False, (len(slot.members), n, m): True}
         return either.get(shape) if m != n else None
     found: dict[tuple[int, ...], bool] = {(out, *rest): False, (*rest, out): True}

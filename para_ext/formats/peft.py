@@ -363,7 +363,7 @@ def _bare_slots(pairs: Mapping[str, _Pair], config: Mapping[str, Any]) -> list[P
     targets, slots = Targets(config), []
     for module, paths in wrapped.items():
         name = module.removeprefix(PREFIX)
-        parameters = _parameters(name, config, targets)
+        parameters = _parameters(name, config, targets, len(paths))
         if not parameters and len(paths) == 1 and paths[0] == module:
             inner = ".base_layer." in name
             role: Role = "inner" if inner else "module"
@@ -384,12 +384,18 @@ def _bare_slots(pairs: Mapping[str, _Pair], config: Mapping[str, Any]) -> list[P
     return slots
 
 
-def _parameters(module: str, config: Mapping[str, Any], targets: Targets) -> list[str]:
-    """Paths of the module's parameters that target_parameters names, in the order of their registration."""
+def _parameters(module: str, config: Mapping[str, Any], targets: Targets, count: int) -> list[str]:
+    """Paths of the module's parameters that target_parameters names, in the order of their registration.
+
+    A name alone may be of any module, and the file does not tell which ones have such a parameter: where ``count`` are
+    adapted, and as many are named together with the module, it is these.
+    """
     if not config.get("target_parameters") or (targets.known and module in targets):
         return []
-    entries = (entry.rpartition(".") for entry in config["target_parameters"])
-    leaves = {leaf for owner, _, leaf in entries if not owner or f".{module}".endswith(f".{owner}")}
+    entries = [entry.rpartition(".") for entry in config["target_parameters"]]
+    leaves = {leaf for owner, _, leaf in entries if owner and f".{module}".endswith(f".{owner}")}
+    if len(leaves) != count:
+        leaves |= {leaf for owner, _, leaf in entries if not owner}
     order = sorted(leaves, key=lambda leaf: (_REGISTERED.index(leaf) if leaf in _REGISTERED else 0, leaf))
     return [f"{module}.{leaf}" for leaf in order]
 

@@ -64,7 +64,7 @@ def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
         ParaError: it is for several models, which a PEFT folder can't be, or its modules' names are unknown.
     """
     if isinstance(adapter, PeftAdapter):
-        return adapter if target == "peft" else _without_copies(adapter)
+        return adapter if target in ("peft", "merged") else _without_copies(adapter)
     adapter = _apart(adapter)
     # What stands behind PEFT's own prefix is for one model, whatever its first word.
     alone = all(isinstance(slot, KeyedSlot) and slot.stem.startswith(PREFIX) for slot in adapter.slots)
@@ -117,7 +117,7 @@ def _without_copies(adapter: PeftAdapter) -> PeftAdapter:
     foreign = {key: tensor for key, tensor in adapter.foreign.items() if key not in copies}
     if len(foreign) == len(adapter.foreign):
         return adapter
-    note = "Copies of the base model's own weights (base_layer.weight) are left out."
+    note = "Copies of the base model's embeddings (base_layer.weight) are left out, taken to be as they are there."
     return replace(adapter, foreign=foreign, notes=(*adapter.notes, note))
 
 
