@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -11,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import para_ext
-from para_ext import ParaError
-from para_ext.optimizer import carry_over
+from para_ext import ParaError, models
+from para_ext import optimizer as optimizers
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -37,20 +40,23 @@ def llama(rank: int = 8, **options: Any) -> Any:
 def randomize(model: Any, true_rank: int | None = None) -> Any:
     """LoRA factors as if trained, of a rank below their shape's where one is given."""
     draw = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if "default" in getattr(module, "lora_A", ()):
-            for side in (module.lora_A["default"], module.lora_B["default"]):
-                weight = side.weight.data
-                if true_rank is None:
-                    weight.normal_(0, 0.3, generator=draw)
-                else:
-                    left = torch.randn(len(weight), true_rank, generator=draw)
-                    weight.copy_(0.1 * left @ torch.randn(true_rank, weight.shape[1], generator=draw))
+    for layer in lora_layers(model):
+        for side in (layer.lora_A["default"], layer.lora_B["default"]):
+            weight = side.weight.data
+            if true_rank is None:
+                weight.normal_(0, 0.3, generator=draw)
+            else:
+                left = torch.randn(len(weight), true_rank, generator=draw)
+                weight.copy_(0.1 * left @ torch.randn(true_rank, weight.shape[1], generator=draw))
     return model
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if "default" in getattr(module, "lora_A", ())]
 
 
 def loss_of(model: Any) -> Tensor:
@@ -155,24 +161,177 @@ def test_moments_are_of_the_new_factors_type() -> None:
         model.to(dtype)
 
 
-def test_state_that_cannot_be_carried_over_starts_anew() -> None:
+class Quantized(Tensor):
+    """As torchao's states: a tensor to look at, with another way of keeping numbers."""
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda p: {"sum": torch.ones_like(p)},  # Adagrad's, of squares, under another name
+        lambda p: {"step": 1, "exp_avg": torch.ones_like(p).as_subclass(Quantized)},
+        lambda p: {"step": 1, "exp_avg": torch.ones(len(p))},  # of rows, as Adafactor's
+        lambda p: {"step": 1, "exp_avg": torch.ones(p.shape, dtype=torch.uint8)},
+        lambda p: {"step": 1, "exp_avg": torch.ones_like(p), "map": [1.0, 2.0]},
+        lambda p: {"step": 1, "exp_avg": torch.full_like(p, torch.inf)},
+        lambda p: {"momentum_buffer": torch.eye(*p.shape).to_sparse()},
+    ],
+    ids=["name", "subclass", "rows", "uint8", "list", "infinite", "sparse"],
+)
+def test_state_that_cannot_be_carried_over_starts_anew(state: Callable[[Tensor], dict[str, Any]]) -> None:
     model = randomize(llama())
-    optimizer = torch.optim.Adagrad(trained(model).values())  # sums of squares, under another name
+    optimizer = torch.optim.AdamW(trained(model).values())
+    for p in trained(model).values():
+        optimizer.state[p] = state(p)
+    para_ext.compress_model(model, optimizer=optimizer, rank=2)
+    assert not optimizer.state
+    gradients(model)
+    optimizer.step()
+    assert set(optimizer.state) == set(trained(model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_no_second_moment_is_rounded_to_0(dtype: torch.dtype) -> None:
+    """A step would be divided by it."""
+    model = randomize(llama()).to(dtype)
+    optimizer = torch.optim.AdamW(trained(model).values())
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    for p in trained(model).values():
+        optimizer.state[p] = {"exp_avg": torch.full_like(p, 1e-4), "exp_avg_sq": torch.full_like(p, smallest)}
+    para_ext.compress_model(model, optimizer=optimizer, rank=2)
+    for state in optimizer.state.values():
+        assert state["exp_avg_sq"].dtype == dtype
+        assert (state["exp_avg_sq"] > 0).all()
+
+
+def test_names_of_parameters_stay_beside_them() -> None:
+    model = randomize(llama())
+    named = list(trained(model).items())
+    head = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([{"params": [*named[:9], ("head", head)]}, {"params": named[9:]}])
+    para_ext.compress_model(model, optimizer=optimizer, total_rank=8, max_rank=4)
+    now = {**trained(model), "head": head}
+    found: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        found |= zip(group["param_names"], group["params"], strict=True)
+    assert {name: id(p) for name, p in found.items()} == {name: id(p) for name, p in now.items()}
+    assert len(found) <= len(named)  # whole modules were dropped
+
+
+def test_training_goes_on_after_a_compression_in_inference_mode() -> None:
+    model = randomize(llama())
+    optimizer = torch.optim.AdamW(trained(model).values())
+    gradients(model)
+    optimizer.step()
+    with torch.inference_mode():
+        para_ext.compress_model(model, optimizer=optimizer, rank=2)
+    gradients(model)
+    optimizer.step()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+def test_a_parameter_of_the_adapter_that_is_not_trained_is_none_of_the_optimizers() -> None:
+    model = randomize(llama())
+    ups = [p for name, p in trained(model).items() if "lora_B" in name]
+    optimizer = torch.optim.SGD(ups, lr=1e-2, momentum=0.9)
     gradients(model)
     optimizer.step()
     para_ext.compress_model(model, optimizer=optimizer, rank=2)
-    assert not optimizer.state
-    carry_over(optimizer, [])
+    now = [p for name, p in trained(model).items() if "lora_B" in name]
+    assert set(optimizer.param_groups[0]["params"]) == set(optimizer.state) == set(now)
 
 
-def test_what_is_no_optimizer_is_refused_and_the_model_stays() -> None:
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+
+def accelerated(optimizer: torch.optim.Optimizer) -> Any:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    return accelerate.Accelerator(cpu=True).prepare(optimizer)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, accelerated, lambda optimizer: Wrapper(accelerated(optimizer))])
+def test_an_optimizer_is_looked_for_inside_of_what_wraps_it(wrap: Callable[[torch.optim.Optimizer], Any]) -> None:
+    model = randomize(llama())
+    with pytest.raises(ParaError, match="LBFGS remembers all parameters as one vector"):
+        para_ext.compress_model(model, optimizer=wrap(torch.optim.LBFGS(trained(model).values())), rank=2)
+    assert set(ranks(model)) == {8}
+    optimizer = torch.optim.SGD(trained(model).values(), lr=1e-2, momentum=0.9)
+    gradients(model)
+    optimizer.step()
+    para_ext.compress_model(model, optimizer=wrap(optimizer), rank=2)
+    assert set(optimizer.param_groups[0]["params"]) == set(optimizer.state) == set(trained(model).values())
+
+
+def test_what_is_no_optimizer_of_the_adapter_is_refused_and_the_model_stays() -> None:
     model = randomize(llama())
     before = {name: p.clone() for name, p in trained(model).items()}
-    with pytest.raises(ParaError, match=r"a str is not a torch.optim.Optimizer: compress first"):
-        para_ext.compress_model(model, optimizer="adam", rank=2)  # type: ignore[arg-type]
-    with pytest.raises(ParaError, match=r"LBFGS remembers all parameters as one vector"):
-        para_ext.compress_model(model, optimizer=torch.optim.LBFGS(trained(model).values()), rank=2)
+    stale = torch.optim.AdamW([nn.Parameter(p.detach().clone()) for p in before.values()])
+    for optimizer, message in (
+        ("adam", r"a str is not a torch.optim.Optimizer: compress first"),
+        (torch.optim.LBFGS(trained(model).values()), "LBFGS remembers all parameters as one vector"),
+        (stale, "the AdamW has none of this adapter's parameters"),
+    ):
+        with pytest.raises(ParaError, match=message):
+            para_ext.compress_model(model, optimizer=optimizer, rank=2)  # type: ignore[arg-type]
     assert all(torch.equal(p, before[name]) for name, p in trained(model).items())
+
+
+def interrupted(call: Callable[[], object], at: int) -> bool:
+    """Whether a KeyboardInterrupt at this line, counted from where `LiveAdapter.replace` begins, ended the call."""
+    ours = [module.__file__ for module in (models, optimizers)]
+    seen = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal seen
+        if event == "line" and seen:
+            seen += 1
+            if seen > at:
+                raise KeyboardInterrupt
+        if frame.f_code is models.LiveAdapter.replace.__code__ and not seen:
+            seen = 1
+        return trace if frame.f_code.co_filename in ours else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_leaves_model_and_optimizer_both_old_or_both_new() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    original = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False))
+    adam = torch.optim.Adam(list(trained(original).items()))
+    original(torch.randn(3, 6)).sum().backward()
+    adam.step()
+    outcomes, at = [], 0
+    while not outcomes or outcomes[-1] != "done":
+        at += 1
+        model, optimizer = copy.deepcopy((original, adam))
+        done = not interrupted(lambda: para_ext.compress_model(model, optimizer=optimizer, rank=2), at)  # noqa: B023
+        now = trained(model)
+        (group,) = optimizer.param_groups
+        assert dict(zip(group["param_names"], group["params"], strict=True)) == now
+        assert set(optimizer.state) == set(now.values())
+        assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+        (rank,) = {p.shape[0] for name, p in now.items() if "lora_A" in name}
+        assert model.peft_config["default"].r == rank
+        assert {layer.scaling["default"] for layer in lora_layers(model)} == {2.0 if rank == 4 else 1.0}
+        outcomes.append("done" if done else "old" if rank == 4 else "new")
+    assert outcomes == sorted(outcomes, key=["old", "new", "done"].index)
+    assert outcomes.count("old") > 100
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
@@ -196,7 +355,7 @@ def output(model: Any) -> Tensor:
 
 
 def ranks(model: Any) -> list[int]:
-    return [m.r["default"] for m in model.modules() if "default" in getattr(m, "lora_A", ())]
+    return [layer.r["default"] for layer in lora_layers(model)]
 
 
 def test_compressed_at_the_end_and_saved(tmp_path: Path) -> None:
