@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from .factors import LoraFactors
 from .formats import read_adapter
 from .formats.flux import parts
 from .formats.names import matched
+from .plan import Infeasible
 from .progress import Progress
 from .report import Report, reported
 from .rewriting import HEADER_TEXT, Job, budgets, choose, everything, given, rewrite
@@ -122,6 +124,29 @@ def compress_model(
     )
     live.replace(decomposition.named(new), along)
     return report
+
+
+def check_compression(
+    model: nn.Module,
+    *,
+    adapter_name: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    dtype: torch.dtype | str | None = None,
+    balance: str = "even",
+    backend: str | None = None,
+    threads: int | None = None,
+    **budget: Any,
+) -> None:
+    """Refuse what :func:`compress_model` would refuse of this adapter however it is trained on.
+
+    Raises:
+        ParaError: naming what and why.
+    """
+    live, _ = _opened(model, adapter_name, optimizer)
+    decomposition = Decomposition(live.factors, backend, threads)
+    with suppress(Infeasible):
+        decomposition.spectra.plan(**budget)
+    decomposition.truncate_certified({f.name: 0 for f in live.factors}, dtype, balance=balance)
 
 
 def _opened(

@@ -364,7 +364,7 @@ def test_compressed_at_the_end_and_saved(tmp_path: Path) -> None:
     trainer = trainer_of(model, tmp_path / "run", callback)
     trainer.train()
     trainer.save_model(tmp_path / "small")
-    assert list(callback.reports) == [12]
+    assert list(callback.reports) == ["end"]
     assert set(ranks(model)) == {2}
     again = peft.PeftModel.from_pretrained(llama().unload(), tmp_path / "small")
     assert torch.allclose(output(again), output(model), atol=1e-6)
@@ -407,11 +407,112 @@ def test_what_a_schedule_cannot_go_with_is_refused(tmp_path: Path) -> None:
         setattr(trainer.args, name, value)
     with pytest.raises(ParaError, match="load_best_model_at_end would load a checkpoint of other ranks"):
         trainer.train()
-    for steps in ({0: {"rank": 4}}, {"3": {"rank": 4}}, {3: 0.5}):
+    for steps in ({0: {"rank": 4}}, {"3": {"rank": 4}}, {True: {"rank": 4}}, {3: 0.5}):
         with pytest.raises(ParaError, match="give it like"):
             para_ext.ParaCallback(steps)
 
 
-def test_a_wrong_budget_stops_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ParaError, match="keeep"):
-        para_ext.ParaCallback({3: {"keeep": 0.5}})
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"keeep": 0.5}, "'keeep' is no argument of compress_model"),
+        ({"size": "1MiB"}, "'size' is no argument of compress_model"),
+        ({"keep": 1.5}, r"keep=1\.5 is out of range"),
+        ({"rank": 4, "keep": 0.5}, "keep and rank are given together"),
+        ({"threshold": -1}, "threshold=-1 is out of range"),
+        ({"min_rank": 4, "max_rank": 2}, "min_rank=4 is above 2"),
+    ],
+)
+def test_a_wrong_value_is_refused_at_once(budget: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParaError, match=message):
+        para_ext.ParaCallback(**budget)
+    with pytest.raises(ParaError, match=message):
+        para_ext.ParaCallback({3: {"keep": 0.5}, 6: budget})
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"adapter_name": "other"}, "there is no adapter 'other'"),
+        ({"balance": "C"}, "balance is 'C'"),
+        ({"dtype": "float12"}, "float12"),
+        ({"backend": "tpu"}, "backend 'tpu' is unknown"),
+        ({"threads": 0}, "threads=0 is out of range"),
+        ({"multiple_of": 16}, "can take no rank from 1 to 8"),
+        ({"keep": 0.1, "min_rank": 1}, r"keep=0\.1 is too small"),
+        ({"keep": 0.1, "uniform": "all"}, r"keep=0\.1 is too small"),
+    ],
+)
+def test_what_does_not_fit_the_model_stops_before_training(
+    budget: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    for callback in (para_ext.ParaCallback(**budget), para_ext.ParaCallback({3: budget})):
+        trainer = trainer_of(llama(), tmp_path, callback)
+        with pytest.raises(ParaError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
+def test_options_of_later_budgets_are_tried_too(tmp_path: Path) -> None:
+    trainer = trainer_of(llama(), tmp_path, para_ext.ParaCallback({3: {"rank": 4}}, keep=0.5, balance="C"))
+    with pytest.raises(ParaError, match="balance is 'C'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_model_without_lora_stops_before_training(tmp_path: Path) -> None:
+    trainer = trainer_of(llama().unload(), tmp_path, para_ext.ParaCallback(keep=0.5))
+    with pytest.raises(ParaError, match="has no LoRA layers"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"threshold": 1e-9}, {"params": 10**9}, {"params": 40}, {"energy": 0.9}, {"sv_ratio": 10},
+        {"layer_energy": 0.5}, {"energy": 0.2, "max_rank": 1}, {"dtype": "float16"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_only_training_decides_does_not_stop_it(budget: dict[str, Any], tmp_path: Path) -> None:
+    """A new adapter's ΔW is 0."""
+    callback = para_ext.ParaCallback(**budget)
+    trainer_of(llama(), tmp_path, callback, max_steps=2).train()
+    assert list(callback.reports) == ["end"]
+
+
+def test_a_later_budget_may_fit_what_an_earlier_one_leaves(tmp_path: Path) -> None:
+    """One component of each module is too much for it, as long as there are all of them."""
+    callback = para_ext.ParaCallback({1: {"total_rank": 2}, 2: {"params": 100, "min_rank": 1}})
+    trainer_of(llama(), tmp_path, callback, max_steps=2).train()
+    assert callback.reports[2].plan.parameters_after <= 100
+
+
+def test_a_step_after_the_last_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(llama(), tmp_path, para_ext.ParaCallback({3: {"rank": 4}, 13: {"rank": 2}}))
+    with pytest.raises(ParaError, match="step 13 is never reached, training ends at step 12"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_the_last_step_and_the_end_are_two_compressions(tmp_path: Path) -> None:
+    model = llama()
+    callback = para_ext.ParaCallback({4: {"rank": 4}}, rank=2)
+    trainer_of(model, tmp_path, callback, max_steps=4).train()
+    assert {when: max(r.plan.ranks.values()) for when, r in callback.reports.items()} == {4: 4, "end": 2}
+    assert set(ranks(model)) == {2}
+
+
+def test_a_second_training_of_what_was_compressed_at_the_end_is_refused(tmp_path: Path) -> None:
+    """The Trainer would go on with the optimizer of the old factors."""
+    model = llama()
+    callback = para_ext.ParaCallback(keep=0.5)
+    trainer = trainer_of(model, tmp_path, callback, max_steps=2)
+    trainer.train()
+    before = ranks(model)
+    with pytest.raises(ParaError, match=r"has none of this adapter.s parameters.*or the Trainer around it"):
+        trainer.train()
+    assert ranks(model) == before
+    trainer_of(model, tmp_path, callback, max_steps=2).train()
+    assert sum(ranks(model)) < sum(before)
