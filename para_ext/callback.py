@@ -104,7 +104,7 @@ class ParaCallback(_Base or object):  # type: ignore[misc]
                 "ParaCallback: load_best_model_at_end would load a checkpoint of other ranks into this model; leave it "
                 "out, or compress at the end, ParaCallback(keep=…)"
             )
-        if (last := max(self.steps)) > state.max_steps:
+        if 0 < state.max_steps < (last := max(self.steps)):  # 0 in loops that don't tell
             raise ParaError(
                 f"ParaCallback: step {last} is never reached, training ends at step {state.max_steps}; give an earlier "
                 "one, or compress at the end, ParaCallback(keep=…)"

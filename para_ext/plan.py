@@ -618,10 +618,15 @@ def _costs(order: _Order, budget: str | None) -> NDArray[Any]:
         return np.where(free, -np.inf, -order.score)
     if budget == "rank":
         return np.maximum.accumulate(blocks.rank)
+    return _prices(blocks, budget).cumsum()
+
+
+def _prices(blocks: _Blocks, budget: str | None) -> NDArray[Any]:
+    """[blocks] what each costs: parameters, or for ``total_rank`` components."""
     price = blocks.size if budget == "total_rank" else blocks.width
     # In Python's integers where those of the machine might not do.
     exact = np.multiply(price, blocks.height, dtype=np.float64).sum() < 2.0**62
-    return (price.astype(np.int64 if exact else object) * blocks.height).cumsum()
+    return price.astype(np.int64 if exact else object) * blocks.height
 
 
 def _check_feasible(order: _Order, budget: _Budget, taken: int) -> None:
@@ -655,8 +660,12 @@ def _check_feasible(order: _Order, budget: _Budget, taken: int) -> None:
                 f"there are: give params={need} or loosen the shaping"
             )
         smallest = f"{share.normalize():f}"
-    # Which module's block comes first is up to the values; that min_rank, or the one cell there is, needs more isn't.
-    refusal = ParaError if order.mandatory or len(order.cells) == 1 else Infeasible
+    refusal = ParaError
+    if name in ("keep", "params", "total_rank") and not order.mandatory:
+        # It is up to the values which block comes first: another one may fit.
+        cheapest = _prices(order.blocks, name)[order.blocks.start == 0].min()
+        if cheapest <= (value * order.spectra.parameters if name == "keep" else value):
+            refusal = Infeasible
     raise refusal(f"{asked} is too small for this adapter and shaping: the smallest feasible is {name}={smallest}")
 
 

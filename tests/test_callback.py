@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import para_ext
 from para_ext import ParaError, models
 from para_ext import optimizer as optimizers
+from para_ext.compress import check_compression
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -441,6 +442,9 @@ def test_a_wrong_value_is_refused_at_once(budget: dict[str, Any], message: str) 
         ({"multiple_of": 16}, "can take no rank from 1 to 8"),
         ({"keep": 0.1, "min_rank": 1}, r"keep=0\.1 is too small"),
         ({"keep": 0.1, "uniform": "all"}, r"keep=0\.1 is too small"),
+        ({"params": 31}, "params=31 is too small"),
+        ({"total_rank": 1, "multiple_of": 2}, "total_rank=1 is too small"),
+        ({"rank": 2, "multiple_of": 4}, "rank=2 is too small"),
     ],
 )
 def test_what_does_not_fit_the_model_stops_before_training(
@@ -470,7 +474,7 @@ def test_a_model_without_lora_stops_before_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "budget",
     [
-        {"threshold": 1e-9}, {"params": 10**9}, {"params": 40}, {"energy": 0.9}, {"sv_ratio": 10},
+        {"threshold": 1e-9}, {"params": 10**9}, {"energy": 0.9}, {"sv_ratio": 10},
         {"layer_energy": 0.5}, {"energy": 0.2, "max_rank": 1}, {"dtype": "float16"},
     ],
     ids=str,
@@ -480,6 +484,13 @@ def test_what_only_training_decides_does_not_stop_it(budget: dict[str, Any], tmp
     callback = para_ext.ParaCallback(**budget)
     trainer_of(llama(), tmp_path, callback, max_steps=2).train()
     assert list(callback.reports) == ["end"]
+
+
+def test_which_module_comes_first_is_not_known_before_training() -> None:
+    """One of 32 parameters would fit, the first one by name, of 40, doesn't."""
+    check_compression(llama(), params=35)
+    with pytest.raises(ParaError, match="params=35 is too small"):
+        para_ext.compress_model(llama(), params=35)
 
 
 def test_a_later_budget_may_fit_what_an_earlier_one_leaves(tmp_path: Path) -> None:
@@ -494,6 +505,16 @@ def test_a_step_after_the_last_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ParaError, match="step 13 is never reached, training ends at step 12"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_loop_of_ones_own_need_not_tell_the_last_step(tmp_path: Path) -> None:
+    model, callback = llama(), para_ext.ParaCallback({3: {"rank": 4}})
+    args, state, control = trainer_of(model, tmp_path, callback).args, transformers.TrainerState(), None
+    training = {"model": model, "optimizer": torch.optim.AdamW(trained(model).values())}
+    callback.on_train_begin(args, state, control, **training)
+    state.global_step = 3
+    callback.on_step_end(args, state, control, **training)
+    assert set(ranks(model)) == {4}
 
 
 def test_the_last_step_and_the_end_are_two_compressions(tmp_path: Path) -> None:
