@@ -55,7 +55,7 @@ class ParaCallback(_Base or object):  # type: ignore[misc]
         Args:
             steps: optimizer step, from 1 → budget, as keyword arguments.
             **budget: of a compression when training has ended; without any, and without ``steps``, it is
-                ``energy=0.95``. ``adapter_name``, ``dtype``, ``backend`` and ``threads`` go along.
+                ``energy=0.95``. ``adapter_name``, ``dtype``, ``balance``, ``backend`` and ``threads`` go along.
 
         Raises:
             ParaError: ``steps`` are not positive whole numbers with a budget each, a budget is refused for any adapter,
