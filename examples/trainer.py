@@ -97,8 +97,8 @@ def main() -> None:
         trainer.train()
         small = out / name.replace(" ", "-")
         trainer.save_model(str(small))
-        for step, report in callback.reports.items():
-            print(f"{name}, step {step}: {report.summary()}")
+        for when, report in callback.reports.items():
+            print(f"{name}, at {when}: {report.summary()}")
         loaded = trainer_of(PeftModel.from_pretrained(base(), small), out)
         print(f"{name}: accuracy {loaded.evaluate()['eval_accuracy']:.1%}, loaded from {small}\n")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, Union, overload
 
@@ -15,6 +17,7 @@ from .factors import LoraFactors
 from .formats import read_adapter
 from .formats.flux import parts
 from .formats.names import matched
+from .plan import Infeasible
 from .progress import Progress
 from .report import Report, reported
 from .rewriting import HEADER_TEXT, Job, budgets, choose, everything, given, rewrite
@@ -24,6 +27,8 @@ from .verification import Verification, compare
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from .models import Contents, Exchange, LiveAdapter
 
 Source = Union[str, Path, "nn.Module", Iterable[LoraFactors]]
 
@@ -86,16 +91,17 @@ def compress_model(
     threads: int | None = None,
     **budget: Any,
 ) -> Report:
-    """Compress the LoRA layers of a live model in place; on an error the model is as it was.
+    """Compress the LoRA layers of a live model in place; on an error the model and its optimizer are as they were.
 
     ``save_pretrained`` then writes the small adapter. To train on, give the optimizer here or build it afterwards: the
-    factors are new parameters.
+    factors are new parameters, without the gradients and hooks of the old ones, so call it between ``optimizer.step()``
+    and the next backward pass, and register such hooks again.
 
     Args:
         model: a PeftModel, or any module with LoRA layers (loralib style too).
         adapter_name: which adapter; the active one if None.
         optimizer: gets the new parameters in the place of the old ones; its moments (Adam's, SGD's) are carried over as
-            :mod:`para_ext.optimizer` says.
+            :mod:`para_ext.optimizer` says. A second moment that the type would round to 0 becomes its smallest number.
         dtype: of the new factors, ``torch.bfloat16`` or "bfloat16"; each module's own if None.
         balance: "even" puts √σ on both factors and leaves those alone whose rank does not change; "A" or "B" puts all
             of σ on that one, so that the other's rows or columns are orthonormal.
@@ -106,28 +112,58 @@ def compress_model(
             With shaping and no budget, everything that the shaping allows is kept.
 
     Raises:
-        ParaError: the model or the budget is refused, naming what and why.
+        ParaError: the model, the optimizer or the budget is refused, naming what and why.
     """
     start = time.perf_counter()
+    live, along = _opened(model, adapter_name, optimizer)
+    decomposition = Decomposition(live.factors, backend, threads)
+    plan = decomposition.spectra.plan(**budget)
+    new = decomposition.truncate_certified(plan, dtype, balance=balance)
+    report = reported(
+        decomposition.spectra, plan, new, source=type(model).__name__, start=start, decomposition=decomposition
+    )
+    live.replace(decomposition.named(new), along)
+    return report
+
+
+def check_compression(
+    model: nn.Module,
+    *,
+    adapter_name: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    dtype: torch.dtype | str | None = None,
+    balance: str = "even",
+    backend: str | None = None,
+    threads: int | None = None,
+    **budget: Any,
+) -> None:
+    """Refuse what :func:`compress_model` would refuse of this adapter however it is trained on.
+
+    Raises:
+        ParaError: naming what and why.
+    """
+    live, _ = _opened(model, adapter_name, optimizer)
+    decomposition = Decomposition(live.factors, backend, threads)
+    with suppress(Infeasible):
+        decomposition.spectra.plan(**budget)
+    decomposition.truncate_certified({f.name: 0 for f in live.factors}, dtype, balance=balance)
+
+
+def _opened(
+    model: nn.Module, adapter_name: str | None, optimizer: torch.optim.Optimizer | None
+) -> tuple[LiveAdapter, Callable[[Sequence[Exchange]], list[Contents]] | None]:
+    """A model's adapter, and what is to change along with it: the optimizer, if one is given."""
     if not _is_model(model):
         raise ParaError(
             f"compress_model takes a live model, not a {type(model).__name__}; for a folder use compress_adapter"
         )
     from .models import read_model
-    from .optimizer import carry_over, check_optimizer
+    from .optimizer import carried_over, checked_optimizer
 
-    if optimizer is not None:
-        check_optimizer(optimizer)
     live = read_model(model, adapter_name)
-    decomposition = Decomposition(live.factors, backend, threads)
-    plan = decomposition.spectra.plan(**budget)
-    new = decomposition.truncate_certified(plan, dtype, balance=balance)
-    exchanges = live.replace(decomposition.named(new))
-    if optimizer is not None:
-        carry_over(optimizer, exchanges)
-    return reported(
-        decomposition.spectra, plan, new, source=type(model).__name__, start=start, decomposition=decomposition
-    )
+    if optimizer is None:
+        return live, None
+    return live, partial(carried_over, checked_optimizer(optimizer, live.parameters))
 
 
 @overload

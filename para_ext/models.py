@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,15 +113,15 @@ class _Site:
         for slot in (self.A, self.B):
             yield slot.parameter if not self.adapter or self.adapter in self.layer.scaling else None
 
-    def held(self) -> tuple[Tensor, ...]:
-        """B, A, and the bias of lora_B where there is one."""
-        bias = self.bias
-        return (self.B.parameter, self.A.parameter, *(() if bias is None else (bias,)))
-
     @property
-    def bias(self) -> Tensor | None:
-        """PEFT's lora_B may have one, which the layer scales too."""
-        return getattr(self.B.owner, "bias", None) if self.B.size else None
+    def slots(self) -> tuple[_Slot, ...]:
+        """Of B, A, and the bias that PEFT's lora_B may have, which the layer scales too."""
+        biased = self.B.size is not None and getattr(self.B.owner, "bias", None) is not None
+        return (self.B, self.A, *((_Slot(self.B.owner, "bias"),) if biased else ()))
+
+    def held(self) -> tuple[Tensor, ...]:
+        """What is in the slots."""
+        return tuple(slot.parameter for slot in self.slots)
 
     def join(self, new: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
         """The inverse of `factors`: new tensors of the layer's own shapes, with storage of their own."""
@@ -139,6 +138,15 @@ class _Site:
             yield from (value for value in vars(module).values() if isinstance(value, dict) and value)
         if self.adapter in getattr(self.layer, "lora_magnitude_vector", ()):
             yield getattr(self.layer.lora_magnitude_vector[self.adapter], "_dora_cache", {})
+
+    def put(self, new: Sequence[nn.Parameter] | None, rank: int) -> None:
+        """Make these the layer's factors, of this rank; None: take the adapter out."""
+        if new is None:
+            self.drop()
+            return
+        for slot, parameter in zip(self.slots, new, strict=True):
+            slot.put(parameter, rank * self.blocks)
+        self.rescale(rank)
 
     def rescale(self, rank: int) -> None:
         """Make ``rank`` the layer's rank and alpha, and leave of its scaling the user's multiplier."""
@@ -178,9 +186,13 @@ class Exchange:
     """
 
     old: tuple[Tensor, ...]
-    new: tuple[Tensor, ...] | None
+    new: tuple[nn.Parameter, ...] | None
     scale: float
     blocks: int
+
+
+Contents = tuple[dict[Any, Any], Mapping[Any, Any]]
+"""A dict, and what it is to hold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +225,14 @@ class LiveAdapter:
         self._parameters = self._live()
         self.factors = tuple(f for pair in self._pairs for f in pair.first.factors())
 
-    def replace(self, new: Sequence[LoraFactors]) -> list[Exchange]:
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """B, A and biases of every layer, as they are in the model."""
+        return tuple(p for site in self._sites for p in site.held())
+
+    def replace(
+        self, new: Sequence[LoraFactors], along: Callable[[Sequence[Exchange]], Iterable[Contents]] | None = None
+    ) -> None:
         """Put new factors in the place of ``factors``, all or nothing, and update the adapter's config.
 
         A module of rank 0 loses this adapter. It keeps a zero pair of rank 1 where it could not do without: in a
@@ -225,12 +244,12 @@ class LiveAdapter:
         Args:
             new: as ``factors``: the same names in the same order, B [m, k], A [k, n], scale 1, k ≥ min_rank, one k
                 for a group.
-
-        Returns:
-            Every layer's parameters before and after.
+            along: told what every layer's parameters will be, it gives the dicts outside the model that must change
+                with it, as an optimizer's.
 
         Raises:
-            ParaError: ``new`` is not of this form, or no config can say what was kept; nothing has changed then.
+            ParaError: ``new`` is not of this form, or no config can say what was kept. As on any error, an interrupt
+                too, nothing has changed then.
         """
         self._check(new)
         rest = iter(new)
@@ -238,33 +257,29 @@ class LiveAdapter:
         kept = _needs_a_pair(self._pairs, [part[0].rank for part in parts])
         parts = [[_zero(f) for f in part] if i in kept else part for i, part in enumerate(parts)]
         ranks = [part[0].rank for part in parts]
-        with torch.no_grad(), torch.inference_mode(False):
-            writes = [w for pair, part in zip(self._pairs, parts, strict=True) for w in _writes(pair, part)]
-        configs = _new_configs(self._pairs, ranks)
+        with torch.no_grad(), torch.inference_mode(False):  # what goes on training must be made outside of it
+            exchanges = [e for pair, part in zip(self._pairs, parts, strict=True) for e in _exchanges(pair, part)]
+            contents = list(along(exchanges)) if along else []
+        contents += _new_configs(self._pairs, ranks)
+        rank_of_site = [rank for pair, rank in zip(self._pairs, ranks, strict=True) for _ in pair.all]
 
-        sites = [site for pair in self._pairs for site in pair.all]
-        old = [site.held() for site in sites]
-        with _all_or_nothing([*(d for site in sites for d in site.dicts()), *(host.configs for host, _, _ in configs)]):
-            for slot, parameter, size in writes:
-                slot.put(parameter, size)
-            for pair, rank in zip(self._pairs, ranks, strict=True):
-                for site in pair.all:
-                    if rank:
-                        site.rescale(rank)
-                    else:
-                        site.drop()
-            for host, adapter, config in configs:
-                host.configs[adapter] = config
-        return [
-            Exchange(
-                held, site.held() if all(p is not None for p in site.parameters()) else None, site.nominal, site.blocks
-            )
-            for site, held in zip(sites, old, strict=True)
-        ]
+        dicts = [*(d for site in self._sites for d in site.dicts()), *(d for d, _ in contents)]
+        before = [(d, dict(d)) for d in dicts]
+        try:  # no context manager: an interrupt between the body and its exit would leave undoing to the collector
+            for site, exchange, rank in zip(self._sites, exchanges, rank_of_site, strict=True):
+                site.put(exchange.new, rank)
+            _fill(contents)
+        except BaseException:
+            _fill(before)
+            raise
+
+    @property
+    def _sites(self) -> list[_Site]:
+        return [site for pair in self._pairs for site in pair.all]
 
     def _live(self) -> list[Tensor | None]:
         """The parameters now in the sites' places; None where the adapter was taken out."""
-        return [p for pair in self._pairs for site in pair.all for p in site.parameters()]
+        return [p for site in self._sites for p in site.parameters()]
 
     def _check(self, new: Sequence[LoraFactors]) -> None:
         if any(a is not b for a, b in zip(self._live(), self._parameters, strict=True)):
@@ -510,30 +525,29 @@ def _zero(f: LoraFactors) -> LoraFactors:
     return replace(f, B=as_tensor(f.B).new_zeros(f.m, 1), A=as_tensor(f.A).new_zeros(1, f.n))
 
 
-def _writes(pair: _Pair, new: Sequence[LoraFactors]) -> Iterator[tuple[_Slot, nn.Parameter, int]]:
-    """What to put where: one new parameter for each old one, with one storage where the old ones had one."""
+def _exchanges(pair: _Pair, new: Sequence[LoraFactors]) -> Iterator[Exchange]:
+    """Of every site: one new parameter for each old one, with one storage where the old ones had one."""
     if not new[0].rank:
+        yield from (Exchange(site.held(), None, site.nominal, site.blocks) for site in pair.all)
         return
     A, B = pair.first.join(new)
-    size = new[0].rank * pair.first.blocks
     made: dict[int, nn.Parameter] = {}
     for site in pair.all:
-        for slot, value in zip((site.A, site.B), (B.T, A.T) if site in pair.transposed else (A, B), strict=True):
-            old = slot.parameter
-            if id(old) not in made:
-                made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
-            yield slot, made[id(old)], size
-        bias = site.bias
-        if bias is not None:
-            folded = as_tensor(fold_bias(site.name, as_numpy(bias), site.nominal, str(code_of(B)))).to(B.device)
-            scaled = nn.Parameter(folded, requires_grad=bias.requires_grad)
-            yield _Slot(site.B.owner, "bias", site.B.size), scaled, size
+        values = [A.T, B.T] if site in pair.transposed else [B, A]
+        old = site.held()
+        for bias in old[2:]:
+            folded = fold_bias(site.name, as_numpy(bias), site.nominal, str(code_of(B)))
+            values.append(as_tensor(folded).to(B.device))
+        for p, value in zip(old, values, strict=True):
+            if id(p) not in made:
+                made[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
+        yield Exchange(old, tuple(made[id(p)] for p in old), site.nominal, site.blocks)
 
 
-def _new_configs(pairs: Sequence[_Pair], ranks: Sequence[int]) -> list[tuple[_Host, str, Any]]:
-    """Every host's config of the adapter, as a copy changed to unit scale and the new ranks."""
+def _new_configs(pairs: Sequence[_Pair], ranks: Sequence[int]) -> list[Contents]:
+    """Every host's configs, with a copy of the adapter's that is changed to unit scale and the new ranks."""
     sites = [(site, rank * site.per_rank) for pair, rank in zip(pairs, ranks, strict=True) for site in pair.all]
-    new = []
+    new: list[Contents] = []
     for host in {id(site.host): site.host for site, _ in sites if site.host}.values():
         own = {site.key: (site, rank) for site, rank in sites if site.host is host and site.key}
         adapter = next(iter(own.values()))[0].adapter
@@ -550,7 +564,7 @@ def _new_configs(pairs: Sequence[_Pair], ranks: Sequence[int]) -> list[tuple[_Ho
         for key, value in changed.items():
             if key not in _FILE_ONLY and (key not in old or old[key] != value):
                 setattr(config, key, value)
-        new.append((host, adapter, config))
+        new.append((host.configs, {**host.configs, adapter: config}))
     return new
 
 
@@ -559,16 +573,10 @@ def _tied(config: Any) -> Iterable[str]:
     return getattr(config, "target_modules_to_tie", None) or ()
 
 
-@contextmanager
-def _all_or_nothing(dicts: Iterable[dict[str, Any]]) -> Iterator[None]:
-    before = [(d, dict(d)) for d in dicts]
-    try:
-        yield
-    except BaseException:
-        for d, old in before:
-            d.clear()
-            d.update(old)
-        raise
+def _fill(contents: Iterable[Contents]) -> None:
+    for d, content in contents:
+        d.clear()
+        d.update(content)
 
 
 def _plain(path: str) -> str:

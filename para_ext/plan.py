@@ -34,6 +34,10 @@ _LARGEST_WHOLE = 2**62
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+class Infeasible(ParaError):
+    """A budget that these singular values can't meet, while others, of modules of the same shapes, may."""
+
+
 @dataclass(frozen=True)
 class Component:
     """A component, or the first one of a block: ``sigma[index]`` of the cell that ``module`` is the first member of."""
@@ -614,10 +618,15 @@ def _costs(order: _Order, budget: str | None) -> NDArray[Any]:
         return np.where(free, -np.inf, -order.score)
     if budget == "rank":
         return np.maximum.accumulate(blocks.rank)
+    return _prices(blocks, budget).cumsum()
+
+
+def _prices(blocks: _Blocks, budget: str | None) -> NDArray[Any]:
+    """[blocks] what each costs: parameters, or for ``total_rank`` components."""
     price = blocks.size if budget == "total_rank" else blocks.width
     # In Python's integers where those of the machine might not do.
     exact = np.multiply(price, blocks.height, dtype=np.float64).sum() < 2.0**62
-    return (price.astype(np.int64 if exact else object) * blocks.height).cumsum()
+    return price.astype(np.int64 if exact else object) * blocks.height
 
 
 def _check_feasible(order: _Order, budget: _Budget, taken: int) -> None:
@@ -632,16 +641,16 @@ def _check_feasible(order: _Order, budget: _Budget, taken: int) -> None:
             most = float(kept / total)
             while Fraction(str(most)) * total > kept:
                 most = math.nextafter(most, 0)
-            raise ParaError(f"{asked} is more than the shaping allows: loosen it or ask for at most energy={most}")
+            raise Infeasible(f"{asked} is more than the shaping allows: loosen it or ask for at most energy={most}")
         return
     least = max(order.mandatory, min(1, len(order)))
     if taken >= least:
         return
     if name in OWN_RULES:
-        raise ParaError(f"{asked} leaves no module a rank that the shaping allows: loosen the shaping or the rule")
+        raise Infeasible(f"{asked} leaves no module a rank that the shaping allows: loosen the shaping or the rule")
     need = _bytes_of(order, least) if name == "size" else np.asarray(_costs(order, name)[least - 1]).item()
     if name == "threshold":
-        raise ParaError(f"{asked} is above every score, so nothing is kept: the largest feasible is threshold={-need}")
+        raise Infeasible(f"{asked} is above every score, so nothing is kept: the largest feasible is threshold={-need}")
     smallest = str(need)
     if name == "keep":
         share = Context(prec=6, rounding=ROUND_CEILING).divide(Decimal(need), Decimal(order.spectra.parameters))
@@ -651,7 +660,13 @@ def _check_feasible(order: _Order, budget: _Budget, taken: int) -> None:
                 f"there are: give params={need} or loosen the shaping"
             )
         smallest = f"{share.normalize():f}"
-    raise ParaError(f"{asked} is too small for this adapter and shaping: the smallest feasible is {name}={smallest}")
+    refusal = ParaError
+    if name in ("keep", "params", "total_rank") and not order.mandatory:
+        # It is up to the values which block comes first: another one may fit.
+        cheapest = _prices(order.blocks, name)[order.blocks.start == 0].min()
+        if cheapest <= (value * order.spectra.parameters if name == "keep" else value):
+            refusal = Infeasible
+    raise refusal(f"{asked} is too small for this adapter and shaping: the smallest feasible is {name}={smallest}")
 
 
 @dataclass(frozen=True)

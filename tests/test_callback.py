@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -11,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import para_ext
-from para_ext import ParaError
-from para_ext.optimizer import carry_over
+from para_ext import ParaError, models
+from para_ext import optimizer as optimizers
+from para_ext.compress import check_compression
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -37,20 +41,23 @@ def llama(rank: int = 8, **options: Any) -> Any:
 def randomize(model: Any, true_rank: int | None = None) -> Any:
     """LoRA factors as if trained, of a rank below their shape's where one is given."""
     draw = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if "default" in getattr(module, "lora_A", ()):
-            for side in (module.lora_A["default"], module.lora_B["default"]):
-                weight = side.weight.data
-                if true_rank is None:
-                    weight.normal_(0, 0.3, generator=draw)
-                else:
-                    left = torch.randn(len(weight), true_rank, generator=draw)
-                    weight.copy_(0.1 * left @ torch.randn(true_rank, weight.shape[1], generator=draw))
+    for layer in lora_layers(model):
+        for side in (layer.lora_A["default"], layer.lora_B["default"]):
+            weight = side.weight.data
+            if true_rank is None:
+                weight.normal_(0, 0.3, generator=draw)
+            else:
+                left = torch.randn(len(weight), true_rank, generator=draw)
+                weight.copy_(0.1 * left @ torch.randn(true_rank, weight.shape[1], generator=draw))
     return model
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if "default" in getattr(module, "lora_A", ())]
 
 
 def loss_of(model: Any) -> Tensor:
@@ -155,24 +162,177 @@ def test_moments_are_of_the_new_factors_type() -> None:
         model.to(dtype)
 
 
-def test_state_that_cannot_be_carried_over_starts_anew() -> None:
+class Quantized(Tensor):
+    """As torchao's states: a tensor to look at, with another way of keeping numbers."""
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda p: {"sum": torch.ones_like(p)},  # Adagrad's, of squares, under another name
+        lambda p: {"step": 1, "exp_avg": torch.ones_like(p).as_subclass(Quantized)},
+        lambda p: {"step": 1, "exp_avg": torch.ones(len(p))},  # of rows, as Adafactor's
+        lambda p: {"step": 1, "exp_avg": torch.ones(p.shape, dtype=torch.uint8)},
+        lambda p: {"step": 1, "exp_avg": torch.ones_like(p), "map": [1.0, 2.0]},
+        lambda p: {"step": 1, "exp_avg": torch.full_like(p, torch.inf)},
+        lambda p: {"momentum_buffer": torch.eye(*p.shape).to_sparse()},
+    ],
+    ids=["name", "subclass", "rows", "uint8", "list", "infinite", "sparse"],
+)
+def test_state_that_cannot_be_carried_over_starts_anew(state: Callable[[Tensor], dict[str, Any]]) -> None:
     model = randomize(llama())
-    optimizer = torch.optim.Adagrad(trained(model).values())  # sums of squares, under another name
+    optimizer = torch.optim.AdamW(trained(model).values())
+    for p in trained(model).values():
+        optimizer.state[p] = state(p)
+    para_ext.compress_model(model, optimizer=optimizer, rank=2)
+    assert not optimizer.state
+    gradients(model)
+    optimizer.step()
+    assert set(optimizer.state) == set(trained(model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_no_second_moment_is_rounded_to_0(dtype: torch.dtype) -> None:
+    """A step would be divided by it."""
+    model = randomize(llama()).to(dtype)
+    optimizer = torch.optim.AdamW(trained(model).values())
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    for p in trained(model).values():
+        optimizer.state[p] = {"exp_avg": torch.full_like(p, 1e-4), "exp_avg_sq": torch.full_like(p, smallest)}
+    para_ext.compress_model(model, optimizer=optimizer, rank=2)
+    for state in optimizer.state.values():
+        assert state["exp_avg_sq"].dtype == dtype
+        assert (state["exp_avg_sq"] > 0).all()
+
+
+def test_names_of_parameters_stay_beside_them() -> None:
+    model = randomize(llama())
+    named = list(trained(model).items())
+    head = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([{"params": [*named[:9], ("head", head)]}, {"params": named[9:]}])
+    para_ext.compress_model(model, optimizer=optimizer, total_rank=8, max_rank=4)
+    now = {**trained(model), "head": head}
+    found: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        found |= zip(group["param_names"], group["params"], strict=True)
+    assert {name: id(p) for name, p in found.items()} == {name: id(p) for name, p in now.items()}
+    assert len(found) <= len(named)  # whole modules were dropped
+
+
+def test_training_goes_on_after_a_compression_in_inference_mode() -> None:
+    model = randomize(llama())
+    optimizer = torch.optim.AdamW(trained(model).values())
+    gradients(model)
+    optimizer.step()
+    with torch.inference_mode():
+        para_ext.compress_model(model, optimizer=optimizer, rank=2)
+    gradients(model)
+    optimizer.step()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+def test_a_parameter_of_the_adapter_that_is_not_trained_is_none_of_the_optimizers() -> None:
+    model = randomize(llama())
+    ups = [p for name, p in trained(model).items() if "lora_B" in name]
+    optimizer = torch.optim.SGD(ups, lr=1e-2, momentum=0.9)
     gradients(model)
     optimizer.step()
     para_ext.compress_model(model, optimizer=optimizer, rank=2)
-    assert not optimizer.state
-    carry_over(optimizer, [])
+    now = [p for name, p in trained(model).items() if "lora_B" in name]
+    assert set(optimizer.param_groups[0]["params"]) == set(optimizer.state) == set(now)
 
 
-def test_what_is_no_optimizer_is_refused_and_the_model_stays() -> None:
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+
+def accelerated(optimizer: torch.optim.Optimizer) -> Any:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    return accelerate.Accelerator(cpu=True).prepare(optimizer)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, accelerated, lambda optimizer: Wrapper(accelerated(optimizer))])
+def test_an_optimizer_is_looked_for_inside_of_what_wraps_it(wrap: Callable[[torch.optim.Optimizer], Any]) -> None:
+    model = randomize(llama())
+    with pytest.raises(ParaError, match="LBFGS remembers all parameters as one vector"):
+        para_ext.compress_model(model, optimizer=wrap(torch.optim.LBFGS(trained(model).values())), rank=2)
+    assert set(ranks(model)) == {8}
+    optimizer = torch.optim.SGD(trained(model).values(), lr=1e-2, momentum=0.9)
+    gradients(model)
+    optimizer.step()
+    para_ext.compress_model(model, optimizer=wrap(optimizer), rank=2)
+    assert set(optimizer.param_groups[0]["params"]) == set(optimizer.state) == set(trained(model).values())
+
+
+def test_what_is_no_optimizer_of_the_adapter_is_refused_and_the_model_stays() -> None:
     model = randomize(llama())
     before = {name: p.clone() for name, p in trained(model).items()}
-    with pytest.raises(ParaError, match=r"a str is not a torch.optim.Optimizer: compress first"):
-        para_ext.compress_model(model, optimizer="adam", rank=2)  # type: ignore[arg-type]
-    with pytest.raises(ParaError, match=r"LBFGS remembers all parameters as one vector"):
-        para_ext.compress_model(model, optimizer=torch.optim.LBFGS(trained(model).values()), rank=2)
+    stale = torch.optim.AdamW([nn.Parameter(p.detach().clone()) for p in before.values()])
+    for optimizer, message in (
+        ("adam", r"a str is not a torch.optim.Optimizer: compress first"),
+        (torch.optim.LBFGS(trained(model).values()), "LBFGS remembers all parameters as one vector"),
+        (stale, "the AdamW has none of this adapter's parameters"),
+    ):
+        with pytest.raises(ParaError, match=message):
+            para_ext.compress_model(model, optimizer=optimizer, rank=2)  # type: ignore[arg-type]
     assert all(torch.equal(p, before[name]) for name, p in trained(model).items())
+
+
+def interrupted(call: Callable[[], object], at: int) -> bool:
+    """Whether a KeyboardInterrupt at this line, counted from where `LiveAdapter.replace` begins, ended the call."""
+    ours = [module.__file__ for module in (models, optimizers)]
+    seen = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal seen
+        if event == "line" and seen:
+            seen += 1
+            if seen > at:
+                raise KeyboardInterrupt
+        if frame.f_code is models.LiveAdapter.replace.__code__ and not seen:
+            seen = 1
+        return trace if frame.f_code.co_filename in ours else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_leaves_model_and_optimizer_both_old_or_both_new() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    original = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False))
+    adam = torch.optim.Adam(list(trained(original).items()))
+    original(torch.randn(3, 6)).sum().backward()
+    adam.step()
+    outcomes, at = [], 0
+    while not outcomes or outcomes[-1] != "done":
+        at += 1
+        model, optimizer = copy.deepcopy((original, adam))
+        done = not interrupted(lambda: para_ext.compress_model(model, optimizer=optimizer, rank=2), at)  # noqa: B023
+        now = trained(model)
+        (group,) = optimizer.param_groups
+        assert dict(zip(group["param_names"], group["params"], strict=True)) == now
+        assert set(optimizer.state) == set(now.values())
+        assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+        (rank,) = {p.shape[0] for name, p in now.items() if "lora_A" in name}
+        assert model.peft_config["default"].r == rank
+        assert {layer.scaling["default"] for layer in lora_layers(model)} == {2.0 if rank == 4 else 1.0}
+        outcomes.append("done" if done else "old" if rank == 4 else "new")
+    assert outcomes == sorted(outcomes, key=["old", "new", "done"].index)
+    assert outcomes.count("old") > 100
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
@@ -196,7 +356,7 @@ def output(model: Any) -> Tensor:
 
 
 def ranks(model: Any) -> list[int]:
-    return [m.r["default"] for m in model.modules() if "default" in getattr(m, "lora_A", ())]
+    return [layer.r["default"] for layer in lora_layers(model)]
 
 
 def test_compressed_at_the_end_and_saved(tmp_path: Path) -> None:
@@ -205,7 +365,7 @@ def test_compressed_at_the_end_and_saved(tmp_path: Path) -> None:
     trainer = trainer_of(model, tmp_path / "run", callback)
     trainer.train()
     trainer.save_model(tmp_path / "small")
-    assert list(callback.reports) == [12]
+    assert list(callback.reports) == ["end"]
     assert set(ranks(model)) == {2}
     again = peft.PeftModel.from_pretrained(llama().unload(), tmp_path / "small")
     assert torch.allclose(output(again), output(model), atol=1e-6)
@@ -248,11 +408,132 @@ def test_what_a_schedule_cannot_go_with_is_refused(tmp_path: Path) -> None:
         setattr(trainer.args, name, value)
     with pytest.raises(ParaError, match="load_best_model_at_end would load a checkpoint of other ranks"):
         trainer.train()
-    for steps in ({0: {"rank": 4}}, {"3": {"rank": 4}}, {3: 0.5}):
+    for steps in ({0: {"rank": 4}}, {"3": {"rank": 4}}, {True: {"rank": 4}}, {3: 0.5}):
         with pytest.raises(ParaError, match="give it like"):
             para_ext.ParaCallback(steps)
 
 
-def test_a_wrong_budget_stops_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ParaError, match="keeep"):
-        para_ext.ParaCallback({3: {"keeep": 0.5}})
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"keeep": 0.5}, "'keeep' is no argument of compress_model"),
+        ({"size": "1MiB"}, "'size' is no argument of compress_model"),
+        ({"keep": 1.5}, r"keep=1\.5 is out of range"),
+        ({"rank": 4, "keep": 0.5}, "keep and rank are given together"),
+        ({"threshold": -1}, "threshold=-1 is out of range"),
+        ({"min_rank": 4, "max_rank": 2}, "min_rank=4 is above 2"),
+    ],
+)
+def test_a_wrong_value_is_refused_at_once(budget: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParaError, match=message):
+        para_ext.ParaCallback(**budget)
+    with pytest.raises(ParaError, match=message):
+        para_ext.ParaCallback({3: {"keep": 0.5}, 6: budget})
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"adapter_name": "other"}, "there is no adapter 'other'"),
+        ({"balance": "C"}, "balance is 'C'"),
+        ({"dtype": "float12"}, "float12"),
+        ({"backend": "tpu"}, "backend 'tpu' is unknown"),
+        ({"threads": 0}, "threads=0 is out of range"),
+        ({"multiple_of": 16}, "can take no rank from 1 to 8"),
+        ({"keep": 0.1, "min_rank": 1}, r"keep=0\.1 is too small"),
+        ({"keep": 0.1, "uniform": "all"}, r"keep=0\.1 is too small"),
+        ({"params": 31}, "params=31 is too small"),
+        ({"total_rank": 1, "multiple_of": 2}, "total_rank=1 is too small"),
+        ({"rank": 2, "multiple_of": 4}, "rank=2 is too small"),
+    ],
+)
+def test_what_does_not_fit_the_model_stops_before_training(
+    budget: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    for callback in (para_ext.ParaCallback(**budget), para_ext.ParaCallback({3: budget})):
+        trainer = trainer_of(llama(), tmp_path, callback)
+        with pytest.raises(ParaError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
+def test_options_of_later_budgets_are_tried_too(tmp_path: Path) -> None:
+    trainer = trainer_of(llama(), tmp_path, para_ext.ParaCallback({3: {"rank": 4}}, keep=0.5, balance="C"))
+    with pytest.raises(ParaError, match="balance is 'C'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_model_without_lora_stops_before_training(tmp_path: Path) -> None:
+    trainer = trainer_of(llama().unload(), tmp_path, para_ext.ParaCallback(keep=0.5))
+    with pytest.raises(ParaError, match="has no LoRA layers"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"threshold": 1e-9}, {"params": 10**9}, {"energy": 0.9}, {"sv_ratio": 10},
+        {"layer_energy": 0.5}, {"energy": 0.2, "max_rank": 1}, {"dtype": "float16"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_only_training_decides_does_not_stop_it(budget: dict[str, Any], tmp_path: Path) -> None:
+    """A new adapter's ΔW is 0."""
+    callback = para_ext.ParaCallback(**budget)
+    trainer_of(llama(), tmp_path, callback, max_steps=2).train()
+    assert list(callback.reports) == ["end"]
+
+
+def test_which_module_comes_first_is_not_known_before_training() -> None:
+    """One of 32 parameters would fit, the first one by name, of 40, doesn't."""
+    check_compression(llama(), params=35)
+    with pytest.raises(ParaError, match="params=35 is too small"):
+        para_ext.compress_model(llama(), params=35)
+
+
+def test_a_later_budget_may_fit_what_an_earlier_one_leaves(tmp_path: Path) -> None:
+    """One component of each module is too much for it, as long as there are all of them."""
+    callback = para_ext.ParaCallback({1: {"total_rank": 2}, 2: {"params": 100, "min_rank": 1}})
+    trainer_of(llama(), tmp_path, callback, max_steps=2).train()
+    assert callback.reports[2].plan.parameters_after <= 100
+
+
+def test_a_step_after_the_last_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(llama(), tmp_path, para_ext.ParaCallback({3: {"rank": 4}, 13: {"rank": 2}}))
+    with pytest.raises(ParaError, match="step 13 is never reached, training ends at step 12"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_loop_of_ones_own_need_not_tell_the_last_step(tmp_path: Path) -> None:
+    model, callback = llama(), para_ext.ParaCallback({3: {"rank": 4}})
+    args, state, control = trainer_of(model, tmp_path, callback).args, transformers.TrainerState(), None
+    training = {"model": model, "optimizer": torch.optim.AdamW(trained(model).values())}
+    callback.on_train_begin(args, state, control, **training)
+    state.global_step = 3
+    callback.on_step_end(args, state, control, **training)
+    assert set(ranks(model)) == {4}
+
+
+def test_the_last_step_and_the_end_are_two_compressions(tmp_path: Path) -> None:
+    model = llama()
+    callback = para_ext.ParaCallback({4: {"rank": 4}}, rank=2)
+    trainer_of(model, tmp_path, callback, max_steps=4).train()
+    assert {when: max(r.plan.ranks.values()) for when, r in callback.reports.items()} == {4: 4, "end": 2}
+    assert set(ranks(model)) == {2}
+
+
+def test_a_second_training_of_what_was_compressed_at_the_end_is_refused(tmp_path: Path) -> None:
+    """The Trainer would go on with the optimizer of the old factors."""
+    model = llama()
+    callback = para_ext.ParaCallback(keep=0.5)
+    trainer = trainer_of(model, tmp_path, callback, max_steps=2)
+    trainer.train()
+    before = ranks(model)
+    with pytest.raises(ParaError, match=r"has none of this adapter.s parameters.*or the Trainer around it"):
+        trainer.train()
+    assert ranks(model) == before
+    trainer_of(model, tmp_path, callback, max_steps=2).train()
+    assert sum(ranks(model)) < sum(before)
