@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from . import SCHEMA, __version__, options
-from .errors import ParaError
+from .errors import ParaError, printable
 from .options import ADAPTER, arguments
 from .progress import bars, waiting
 from .whole_file import check_new, write_text
@@ -61,6 +61,10 @@ def inspect(
       para-ext inspect adapter/
       para-ext inspect user/adapter --spectra spectra.json --plot spectra.png
     """
+    wanted = {"spectra=": spectra, "plot=": plot}
+    for name, file in wanted.items():
+        if file is not None:
+            check_new(Path(file), [Path(adapter)], name, overwrite=True)
     with waiting("starting"):
         from . import inspection
         from .compress import decompose
@@ -79,6 +83,7 @@ def inspect(
         from .tables import inspection_tables
 
         inspection_tables(summary)
+        _say_written(*wanted.values())
 
 
 @cli.command()
@@ -301,7 +306,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"para-ext: {message}", err=True)
+    click.echo(f"para-ext: {printable(message)}", err=True)
     sys.exit(code)
 
 
@@ -360,8 +365,16 @@ def _print_reports(result: Any, as_json: bool, file: str | None = None) -> None:
         return
     from .tables import report_table
 
-    for r in result if isinstance(result, list) else [result]:
+    for i, r in enumerate(result if isinstance(result, list) else [result]):
+        if i:
+            click.echo()
         report_table(replace(r, notes=tuple(map(_with_options, r.notes))))
+    _say_written(file)
+
+
+def _say_written(*files: str | None) -> None:
+    for file in filter(None, files):
+        click.echo(f"Written: {file}")
 
 
 def _document(**fields: Any) -> dict[str, Any]:
