@@ -324,6 +324,7 @@ def test_several_values_are_a_list_or_a_tuple_each_once(tmp_path: Path) -> None:
     for wrong, message in (
         ({"keep": []}, "keep is an empty list"),
         ({"target": ()}, "target is an empty list"),
+        ({"target": [["peft"]]}, r"target \['peft'\] is unknown"),
         ({"target": ["peft", "peft"]}, "target has 'peft' twice"),
         ({"keep": (0.5, 0.5)}, "keep has 0.5 twice"),
         ({"keep": [0.5, "50%"]}, "two outputs would be"),
