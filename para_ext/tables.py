@@ -47,8 +47,7 @@ def _heading(report: Report) -> str:
     if report.output is not None:
         return f"{report.source} → {report.output}"
     plan = report.plan
-    value = f"{plan.value:,}" if isinstance(plan.value, int) else f"{plan.value or 0:g}"
-    budget = "" if plan.budget is None else f", {plan.budget.replace('_', ' ')} {value}"
+    budget = "" if plan.budget is None else f", {plan.budget.replace('_', ' ')} {plan.value:,}"
     return report.source + budget + (f", for {report.target}" if report.target else "")
 
 
@@ -74,7 +73,7 @@ def inspection_tables(inspection: Inspection) -> None:
     _print(console, f"{modules}, {inspection.parameters:,} LoRA parameters, {norm}", style="italic")
     types = _Table()
     for heading in ("type", "", "rank", "effective", "parameters", "share of energy", "σ₁", "zero", "kept at 95%"):
-        types.add_column(heading, justify="left" if heading == "type" else "right", no_wrap=heading == "type")
+        types.add_column(heading, justify="left" if heading == "type" else "right", no_wrap=" " not in heading)
     for t in inspection.types:
         types.add_row(
             t.type, f"×{t.module_count}", str(t.rank), f"{t.effective_rank:.1f}", f"{t.parameters:,}",
@@ -82,13 +81,14 @@ def inspection_tables(inspection: Inspection) -> None:
             f"{t.sigma_max:.3g}", str(t.dead or ""), f"{t.kept:.1%}",
         )  # fmt: skip
     for d in inspection.depths:
-        name, share, kept = f"layers {d.first}–{d.last}", f"{d.energy_share:.1%}", f"{d.kept:.1%}"
+        layers = "layers" if d.first < d.last else "layer"
+        name, share, kept = f"{layers} {span([d.first, d.last])}", f"{d.energy_share:.1%}", f"{d.kept:.1%}"
         types.add_row(name, f"×{d.module_count}", "", "", "", share, "", "", kept)
     console.print(types)
     _print(console, "what a budget would keep", style="italic")
     budgets = _Table()
     for heading in ("budget", "parameters", "kept", "file", "energy kept", "relative error", "one rank for all"):
-        budgets.add_column(heading, justify="left" if heading == "budget" else "right", no_wrap=heading == "budget")
+        budgets.add_column(heading, justify="left" if heading == "budget" else "right", no_wrap=" " not in heading)
     for b in inspection.budgets:
         budgets.add_row(
             f"--{b.budget} {b.value:g}", f"{b.parameters_after:,}", f"{b.kept:.1%}",
