@@ -181,10 +181,8 @@ def relative_error(modules: Sequence[ModuleReport] | Sequence[ModuleVerification
 
     A module that was dropped is off by ‖ΔW‖, which is 1 of its norm: what its bound allows for rounding is not added.
     """
-    norm, error = (
-        math.hypot(*(m.norm for m in modules)),
-        math.hypot(*(m.error if m.rank_after else m.norm for m in modules)),
-    )
+    norm = math.hypot(*(m.norm for m in modules))
+    error = math.hypot(*(m.error if m.rank_after else m.norm for m in modules))
     return error / norm if norm else float(error > 0)
 
 
