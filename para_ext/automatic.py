@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import dtype_name
 from .errors import ParaError
 from .layout import DTYPE_BITS
 from .spectra import Spectra
@@ -59,8 +60,8 @@ def _dtype(spectra: Spectra) -> tuple[dict[str, Any], str]:
     # Rounding moves each number by up to u of it, uniformly: by u/√3 of ‖B‖ and of ‖A‖, so by about u·√(2/3)·‖ΔW‖.
     part = 2 / 3 * UNIT_ROUNDOFFS[code] ** 2
     reason = (
-        f"Dropped is what rounding to {code} hides anyway: components that together are below {part**0.5:.1e} of ‖ΔW‖, "
-        "as large as the rounding errors of factors stored so."
+        f"Dropped is what rounding to {dtype_name(code)} hides anyway: components that together are below "
+        f"{part**0.5:.1e} of ‖ΔW‖, as large as the rounding errors of factors stored so."
     )
     return {"energy": repr(1 - part)}, reason
 

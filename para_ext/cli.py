@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from . import SCHEMA, __version__, options
-from .errors import ParaError
+from .errors import ParaError, printable
 from .options import ADAPTER, arguments
 from .progress import bars, waiting
 from .whole_file import check_new, write_text
@@ -34,8 +34,8 @@ def cli() -> None:
     \b
     Examples:
       para-ext inspect adapter/
-      para-ext compress adapter/ small/                    keep 95 % of the energy
-      para-ext compress adapter/ small/ --keep 25%         a quarter of the parameters
+      para-ext compress adapter/ small/               keep 95 % of the energy
+      para-ext compress adapter/ small/ --keep 25%    a quarter of the parameters
       para-ext verify adapter/ small/ --min-energy 0.9
 
     Exit codes: 0 done, 1 refused or a bound violated, 2 wrong usage, 130 and 143 interrupted.
@@ -45,7 +45,10 @@ def cli() -> None:
 @cli.command()
 @click.argument("adapter", type=ADAPTER)
 @click.option(
-    "--plot", type=click.Path(dir_okay=False), metavar="FILE", help="Draw spectra and size-error curve (PNG)."
+    "--plot",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Draw spectra, size and error, and ranks (.png, .svg or .pdf).",
 )
 @click.option("--spectra", type=click.Path(dir_okay=False), metavar="FILE", help="Save what `plan` needs (JSON).")
 @options.backend
@@ -54,13 +57,17 @@ def cli() -> None:
 def inspect(
     adapter: str, plot: str | None, spectra: str | None, backend: str | None, threads: int | None, as_json: bool
 ) -> None:
-    """How compressible is ADAPTER? Spectra, and what each budget would keep; nothing is written.
+    """Show how compressible ADAPTER is, and what budgets would keep.
 
     \b
     Examples:
       para-ext inspect adapter/
       para-ext inspect user/adapter --spectra spectra.json --plot spectra.png
     """
+    wanted = {"spectra=": spectra, "plot=": plot}
+    for name, file in wanted.items():
+        if file is not None:
+            check_new(Path(file), [Path(adapter)], name, overwrite=True)
     with waiting("starting"):
         from . import inspection
         from .compress import decompose
@@ -79,6 +86,7 @@ def inspect(
         from .tables import inspection_tables
 
         inspection_tables(summary)
+        _say_written(*wanted.values())
 
 
 @cli.command()
@@ -88,6 +96,7 @@ def inspect(
 def compress(adapter: str, out: str, report: str | None, as_json: bool, **given: Any) -> None:
     """Compress ADAPTER into the new folder or file OUT.
 
+    Without a budget 95 % of the energy, Σσ², is kept; where only a shape of the ranks is given, all that it allows.
     Several --keep or --target values make OUT/keep-0.25, OUT/gguf … from one decomposition.
 
     \b
@@ -110,7 +119,9 @@ def compress(adapter: str, out: str, report: str | None, as_json: bool, **given:
 @click.option("-o", "--out", type=click.Path(), required=True, help="The new folder or file.")
 @options.rewriting
 def merge(adapters: tuple[str, ...], out: str, report: str | None, as_json: bool, **given: Any) -> None:
-    """Write a weighted sum of adapters as one, exact, or truncated where a budget is given.
+    """Write a weighted sum of adapters as one.
+
+    It is exact, and truncated only where a budget or a shape of the ranks is given.
 
     \b
     Examples:
@@ -131,7 +142,9 @@ def merge(adapters: tuple[str, ...], out: str, report: str | None, as_json: bool
 @options.plan_options
 @options.as_json
 def plan(spectra: str, as_json: bool, keep: tuple[str, ...], **given: Any) -> None:
-    """What `compress --dry-run` would say, from SPECTRA alone: a file that `inspect --spectra` wrote.
+    """Say what `compress --dry-run` would, from SPECTRA alone.
+
+    SPECTRA is a file that `inspect --spectra` wrote.
 
     \b
     Examples:
@@ -156,7 +169,9 @@ def plan(spectra: str, as_json: bool, keep: tuple[str, ...], **given: Any) -> No
 @options.threads
 @options.as_json
 def report(out: str, as_json: bool, **given: Any) -> None:
-    """One HTML page, for any browser, offline: spectra, ranks, size and error at any budget, and certificates.
+    """Write one HTML page on ADAPTER and what was made of it.
+
+    It shows spectra, ranks, size and error at any budget, and certificates, in any browser, offline.
 
     ADAPTER may also be a file (.json) that `inspect --spectra` wrote. COMPRESSED are adapters made of it; one without a
     para_ext.json of its own is measured.
@@ -225,7 +240,9 @@ def verify(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure how far COMPRESSED is from ADAPTER, on both files as they are: the factors, not heads or biases.
+    """Measure how far COMPRESSED is from ADAPTER.
+
+    Measured are the factors as they stand in both files, not heads or biases.
 
     \b
     Examples:
@@ -257,7 +274,7 @@ def verify(
 @cli.command()
 @options.as_json
 def info(as_json: bool) -> None:
-    """Backends, ISA level, threads, and why CUDA is or is not available.
+    """Say what works here: backends, threads, and CUDA or why not.
 
     \b
     Example:
@@ -301,7 +318,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"para-ext: {message}", err=True)
+    click.echo(f"para-ext: {printable(message)}", err=True)
     sys.exit(code)
 
 
@@ -360,8 +377,16 @@ def _print_reports(result: Any, as_json: bool, file: str | None = None) -> None:
         return
     from .tables import report_table
 
-    for r in result if isinstance(result, list) else [result]:
+    for i, r in enumerate(result if isinstance(result, list) else [result]):
+        if i:
+            click.echo()
         report_table(replace(r, notes=tuple(map(_with_options, r.notes))))
+    _say_written(file)
+
+
+def _say_written(*files: str | None) -> None:
+    for file in filter(None, files):
+        click.echo(f"Written: {file}")
 
 
 def _document(**fields: Any) -> dict[str, Any]:

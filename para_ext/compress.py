@@ -20,7 +20,7 @@ from .formats.names import matched
 from .plan import Infeasible
 from .progress import Progress
 from .report import Report, reported
-from .rewriting import HEADER_TEXT, Job, budgets, choose, everything, given, rewrite
+from .rewriting import HEADER_TEXT, Job, budgets, choose, everything, given, rewrite, several
 from .spectra import Spectra
 from .verification import Verification, compare
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .models import Contents, Exchange, LiveAdapter
 
 Source = Union[str, Path, "nn.Module", Iterable[LoraFactors]]
+Fractions = list[float | str] | tuple[float | str, ...]
 
 
 def decompose(
@@ -171,14 +172,12 @@ def compress_adapter(
     source: str | Path, out: str | Path, *, keep: float | str | None = None, **options: Any
 ) -> Report: ...
 @overload
-def compress_adapter(
-    source: str | Path, out: str | Path, *, keep: list[float | str], **options: Any
-) -> list[Report]: ...
+def compress_adapter(source: str | Path, out: str | Path, *, keep: Fractions, **options: Any) -> list[Report]: ...
 def compress_adapter(
     source: str | Path,
     out: str | Path,
     *,
-    target: str | list[str] | None = None,
+    target: str | Sequence[str] | None = None,
     base: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
@@ -188,7 +187,7 @@ def compress_adapter(
     threads: int | None = None,
     progress: Progress | None = None,
     balance: str = "even",
-    keep: float | str | list[float | str] | None = None,
+    keep: float | str | Fractions | None = None,
     **budget: Any,
 ) -> Report | list[Report]:
     """Compress an adapter into another one.
@@ -216,14 +215,15 @@ def compress_adapter(
             written safetensors file.
 
     Returns:
-        A Report, or a list of them where ``keep`` or ``target`` is a list.
+        A Report, or a list of them where ``keep`` or ``target`` has several values: is a list or a tuple.
 
     Raises:
         ParaError: refused, naming what and why; nothing was written (of several outputs, none after the failing one).
     """
-    job = Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress, balance)
-    reports = rewrite(read_adapter(source), str(source), Path(out), budgets(keep, budget), job)
-    return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
+    keeps, targets = several(keep=keep, target=target)
+    job = Job(targets, base, dtype, overwrite, dry_run, backend, device, threads, progress, balance)
+    reports = rewrite(read_adapter(source), str(source), Path(out), budgets(keeps, budget), job)
+    return reports if isinstance(keeps, list) or isinstance(targets, list) else reports[0]
 
 
 def convert_adapter(
@@ -253,7 +253,7 @@ def merge_adapters(
     sources: Mapping[str | Path, float],
     out: str | Path,
     *,
-    target: str | list[str] | None = None,
+    target: str | Sequence[str] | None = None,
     base: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
@@ -263,7 +263,7 @@ def merge_adapters(
     threads: int | None = None,
     progress: Progress | None = None,
     balance: str = "even",
-    keep: float | str | list[float | str] | None = None,
+    keep: float | str | Fractions | None = None,
     **budget: Any,
 ) -> Report | list[Report]:
     """Write the weighted sum of adapters as one adapter, truncated where a budget is given.
@@ -281,17 +281,18 @@ def merge_adapters(
     """
     from .merging import merged, widest
 
+    keeps, targets = several(keep=keep, target=target)
     adapters = [(read_adapter(source), float(weight)) for source, weight in sources.items()]
     if len(adapters) < 2:
         raise ParaError("one adapter alone is not merged: give two or more, as a=0.6 b=0.4")
     dtype = dtype or widest(adapter for adapter, _ in adapters)
-    job = Job(target, base, dtype, overwrite, dry_run, backend, device, threads, progress, balance)
+    job = Job(targets, base, dtype, overwrite, dry_run, backend, device, threads, progress, balance)
     label = " + ".join(f"{weight:g} × {source}" for source, weight in sources.items())
-    plans = budgets(keep, budget) if keep is not None or given(budget) else everything
+    plans = budgets(keeps, budget) if keeps is not None or given(budget) else everything
     summed = merged(adapters)
     summed = replace(summed, notes=(*summed.notes, f"A weighted sum: {label}."))
     reports = rewrite(summed, label, Path(out), plans, job)
-    return reports if isinstance(keep, list) or isinstance(target, list) else reports[0]
+    return reports if isinstance(keeps, list) or isinstance(targets, list) else reports[0]
 
 
 def predict(spectra: Spectra, source: str = "", **budget: Any) -> Report:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import math
 import time
 import warnings
@@ -28,7 +28,7 @@ from .arrays import (
     torch_dtype,
 )
 from .backends import Backend, Truncated
-from .errors import ParaError, shown
+from .errors import ParaError, first_line, shown
 from .factors import LoraFactors, as_tensors, check_factors, written_code
 from .layout import LARGEST
 from .plan import Plan
@@ -287,7 +287,8 @@ def native_backend(required: bool = False) -> Any:
     except ImportError as error:
         if required:
             raise ParaError(
-                f"the native core is not installed ({error}); reinstall with a C++ compiler and PARA_EXT_NATIVE=ON"
+                f"the native core is not installed{_unloadable('_cpu', error)}; reinstall with a C++ compiler and "
+                "PARA_EXT_NATIVE=ON"
             ) from error
         return None
 
@@ -303,12 +304,18 @@ def cuda_backend(required: bool = False) -> Any:
     except ImportError as error:
         if required:
             raise ParaError(
-                f"the CUDA kernels are not installed ({error}); reinstall with nvcc and PARA_EXT_CUDA=ON"
+                f"the CUDA kernels are not installed{_unloadable('_cuda', error)}; reinstall with nvcc and "
+                "PARA_EXT_CUDA=ON, or use backend='cpu'"
             ) from error
         return None
     if required and (reason := without_cuda()):
-        raise ParaError(f"there is no CUDA device to work on ({reason}); use backend='cpu' or 'torch'")
+        raise ParaError(f"there is no CUDA device to work on ({reason}); use backend='cpu'")
     return stages
+
+
+def _unloadable(module: str, error: ImportError) -> str:
+    """What keeps a native module, if it was built, from being loaded."""
+    return f" ({first_line(error)})" if importlib.util.find_spec(f"{__package__}.{module}") else ""
 
 
 def without_cuda() -> str:
@@ -398,8 +405,6 @@ def on_device(factors: Iterable[LoraFactors], device: str, backend: str | None) 
         return factors
     if device != "cuda":
         raise ParaError(f"device '{device}' is unknown; use auto, cpu or cuda")
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ParaError("no CUDA device is available to PyTorch; use the device cpu")
+    if reason := without_cuda():
+        raise ParaError(f"there is no CUDA device to work on ({reason}); use device='cpu'")
     return [replace(f, B=as_tensor(f.B).to(device), A=as_tensor(f.A).to(device)) for f in factors]

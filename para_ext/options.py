@@ -60,7 +60,7 @@ def together(*options: Decorator[Any]) -> Decorator[Any]:
     return decorate
 
 
-_budget = partial(click.option, cls=Option, section="Budget: one at most (README has what is kept without any)")
+_budget = partial(click.option, cls=Option, section="Budget: one at most")
 _shaping = partial(click.option, cls=Option, section="Shape of the ranks")
 _reader = partial(click.option, cls=Option, section="Reader")
 _output = partial(click.option, cls=Option, section="Output")
@@ -133,7 +133,10 @@ backend = _work(
     help="Native core, CUDA kernels or plain PyTorch; by default the native one where the factors are.",
 )
 threads = _work(
-    "--threads", type=click.IntRange(min=1), help="Threads to use; all CPUs, or OMP_NUM_THREADS, by default."
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads to use; all CPUs, or OMP_NUM_THREADS, by default.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
+from inspect import signature
 from itertools import chain, zip_longest
 from numbers import Integral
 from typing import Any
@@ -332,6 +333,18 @@ _READERS: dict[str, Callable[[str, Any], Fraction | float | int]] = {
 
 BUDGETS = frozenset(_READERS)
 """Names of all budgets."""
+
+
+def check_arguments(names: Iterable[str]) -> None:
+    """Refuse what :func:`plan` doesn't take, by the name that may have been meant."""
+    known = signature(plan).parameters.keys() - {"spectra"}
+    for name in names:
+        if name not in known:
+            from difflib import get_close_matches
+
+            meant = get_close_matches(name, known, 1, cutoff=0.8)
+            remedy = f"did you mean {meant[0]}=?" if meant else "a budget is given like keep=0.25"
+            raise ParaError(f"'{name}' is no argument here: {remedy}")
 
 
 # Rules of other tools, each module by itself

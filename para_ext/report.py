@@ -22,6 +22,7 @@ from .whole_file import write_text
 if TYPE_CHECKING:
     from .backends import Truncated
     from .decomposition import Decomposition
+    from .verification import ModuleVerification
 
 LOW_ENERGY = 0.90
 GOOD_ENERGY = 0.95
@@ -119,8 +120,8 @@ class Report:
 
     @property
     def relative_error(self) -> float:
-        """``error / norm``."""
-        return self.error / self.norm if self.norm else float(self.error > 0)
+        """``error / norm``; see :func:`relative_error`."""
+        return relative_error(self.modules)
 
     def __repr__(self) -> str:
         return f"<Report: {self.summary()}>"
@@ -173,6 +174,16 @@ class Report:
             parts.append(f"threshold {self.plan.threshold:.4g} ({'σ' if self.plan.score == 'sigma' else 'σ²/(m+n)'})")
         parts.append(f"{self.seconds:.2f} s")
         return ", ".join(parts)
+
+
+def relative_error(modules: Sequence[ModuleReport] | Sequence[ModuleVerification]) -> float:
+    """Their error over their norm.
+
+    A module that was dropped is off by ‖ΔW‖, which is 1 of its norm: what its bound allows for rounding is not added.
+    """
+    norm = math.hypot(*(m.norm for m in modules))
+    error = math.hypot(*(m.error if m.rank_after else m.norm for m in modules))
+    return error / norm if norm else float(error > 0)
 
 
 def reported(

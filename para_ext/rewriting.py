@@ -69,11 +69,27 @@ Plans = Callable[[Spectra, Adapter[Any]], list[_Planned]]
 """Plans for an adapter in a target's format."""
 
 
+def several(**arguments: Any) -> Iterator[Any]:
+    """Arguments that may have several values: those that do as lists.
+
+    Raises:
+        ParaError: there is none among them, or one twice.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            yield value
+            continue
+        if not value:
+            raise ParaError(f"{name} is an empty list: give one value at least, or leave it out")
+        for i, one in enumerate(value):
+            if one in value[:i]:
+                raise ParaError(f"{name} has {shown(one)} twice: give each value once")
+        yield list(value)
+
+
 def budgets(keep: Any, budget: dict[str, Any]) -> Plans:
     """Plans for one budget, or for several values of ``keep``."""
     keeps = keep if isinstance(keep, list) else [keep]
-    if not keeps:
-        raise ParaError("keep is an empty list; give at least one fraction such as 0.25")
 
     def plans(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
         chosen, notes = choose({**budget, "keep": keeps[0]}, spectra)
@@ -193,7 +209,12 @@ def _written(outputs: Sequence[_Output], label: str, digest: Future[str], code: 
             meter.add(0, f"truncating for {output.out}")
             gains = output.adapter.gains(output.planned.plan.ranks)
             typed = output.adapter.factor_type(code)
-            new = output.decomposition.truncate_certified(output.planned.plan, typed, gains, job.balance, meter)
+            try:
+                new = output.decomposition.truncate_certified(output.planned.plan, typed, gains, job.balance, meter)
+            except Exception:
+                if pending is not None:
+                    collect(*pending)  # what went wrong there went wrong first
+                raise
             report = replace(_said(output, new, label, job), output=str(output.out))
             if pending is not None:
                 collect(*pending)

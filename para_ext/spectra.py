@@ -113,9 +113,14 @@ class Spectra:
         return math.fsum(chain.from_iterable(squares.tolist() for squares in self.squares.values()))
 
     def plan(self, **kwargs: Any) -> Plan:
-        """Ranks for one budget; the arguments are those of :func:`para_ext.plan.plan`."""
-        from .plan import plan  # plan.py imports this module
+        """Ranks for one budget; the arguments are those of :func:`para_ext.plan.plan`.
 
+        Raises:
+            ParaError: for arguments that it does not take, and as it does.
+        """
+        from .plan import check_arguments, plan  # plan.py imports this module
+
+        check_arguments(kwargs)
         return plan(self, **kwargs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -143,14 +148,16 @@ class Spectra:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ParaError(
-                f"{path} cannot be read, {error.strerror}: give a file that inspect or save wrote"
+                f"'{path}' cannot be read, {error.strerror}: give a file that inspect or save wrote"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise ParaError(f"{path} is not JSON: give a file that Spectra.save wrote") from error
+            raise ParaError(f"'{path}' is not JSON: give a file that Spectra.save wrote") from error
         try:
             return cls._from_dict(record)
         except ParaError as error:
-            raise ParaError(f"{path} is not as this version of Spectra.save writes, save it again: {error}") from error
+            raise ParaError(
+                f"'{path}' is not as this version of Spectra.save writes, save it again: {error}"
+            ) from error
 
     @classmethod
     def _from_dict(cls, record: object) -> Spectra:

@@ -13,7 +13,7 @@ from .factors import LoraFactors, total_parameters
 from .naming import module_type
 from .pool import map_single_threaded
 from .progress import Meter, Progress
-from .report import at_most, percent
+from .report import at_most, percent, relative_error
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModuleVerification:
     @property
     def energy(self) -> float:
         """1 − error²/norm², at least 0: a lower bound of the energy kept when ΔW' approximates ΔW best."""
-        return _energy(self.norm, self.error)
+        return _energy([self])
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,12 +57,12 @@ class Verification:
 
     @property
     def energy(self) -> float:
-        return _energy(self.norm, self.error)
+        return _energy(self.modules)
 
     @property
     def relative_error(self) -> float:
-        """``error / norm``."""
-        return self.error / self.norm if self.norm else float(self.error > 0)
+        """``error / norm``; see :func:`para_ext.report.relative_error`."""
+        return relative_error(self.modules)
 
     def __repr__(self) -> str:
         return f"<Verification: {self.summary()}>"
@@ -133,7 +133,5 @@ def _nothing(f: LoraFactors) -> LoraFactors:
     return LoraFactors(f.name, f.B[:, :0], f.A[:0])
 
 
-def _energy(whole: float, error: float) -> float:
-    if whole == 0:
-        return 1.0 if error == 0 else 0.0
-    return max(0.0, 1 - (error / whole) ** 2)
+def _energy(modules: Sequence[ModuleVerification]) -> float:
+    return max(0.0, 1 - relative_error(modules) ** 2)

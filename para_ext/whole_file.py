@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        raise ParaError(f"{path} cannot be written, {error.strerror}: choose another place or make room") from error
+        raise ParaError(f"'{path}' cannot be written, {error.strerror}: choose another place or make room") from error
     finally:
         with suppress(OSError):  # already renamed, or never made
             beside.unlink()

@@ -219,6 +219,23 @@ def test_several_keeps(run: Run, adapter: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["keep-0.1", "keep-0.5"]
 
 
+def test_every_table_of_several_says_what_of(run: Run, adapter: Path, tmp_path: Path) -> None:
+    """Outputs by their names, predictions by their budgets and targets."""
+    several = ("--keep", "0.5", "--keep", "10%")
+    run("inspect", adapter, "--spectra", tmp_path / "s.json")
+    _, out, _ = run("plan", tmp_path / "s.json", *several)
+    assert [line.rstrip() for line in out.splitlines() if ".json" in line] == [
+        f"{tmp_path}/s.json, keep 0.5",
+        f"{tmp_path}/s.json, keep 0.1",
+    ]
+    _, out, _ = run("compress", adapter, tmp_path / "out", *several, "--target", "vllm", "--dry-run")
+    assert f"{adapter}, keep 0.5, for vllm" in out and f"{adapter}, keep 0.1, for vllm" in out
+    _, out, _ = run("compress", adapter, tmp_path / "out", *several)
+    assert f"{adapter} → {tmp_path}/out/keep-0.5" in out and f"{adapter} → {tmp_path}/out/keep-0.1" in out
+    assert f"{tmp_path}/s.json, size 20,000" in run("plan", tmp_path / "s.json", "--size", "20kB")[1]
+    assert f"{tmp_path}/s.json, energy 0.95" in run("plan", tmp_path / "s.json")[1]
+
+
 def test_dry_run_writes_nothing(run: Run, adapter: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = run("compress", adapter, tmp_path / "small", "--size", "20kB", "--dry-run")
@@ -294,6 +311,19 @@ def test_inspect(run: Run, adapter: Path, tmp_path: Path) -> None:
     assert document["module_count"] == 9
     assert sum(t["energy_share"] for t in document["types"]) == pytest.approx(1)
     assert contents(tmp_path) == before
+
+
+def test_files_that_were_asked_for_are_named(run: Run, adapter: Path, tmp_path: Path) -> None:
+    spectra, report = tmp_path / "spectra.json", tmp_path / "report.json"
+    assert run("inspect", adapter, "--spectra", spectra)[1].endswith(f"\nWritten: {spectra}\n")
+    assert run("compress", adapter, tmp_path / "out", "--report", report)[1].endswith(f"\nWritten: {report}\n")
+    assert json.loads(run("inspect", adapter, "--spectra", spectra, "--json")[1])["module_count"] == 9
+    before = contents(adapter)
+    for option in ("--spectra", "--plot"):
+        code, _, err = run("inspect", adapter, option, adapter / "adapter_config.json")
+        assert code == 1
+        assert f"lies inside an adapter: give {option} a place elsewhere" in err
+    assert contents(adapter) == before
 
 
 def test_plot(run: Run, adapter: Path, tmp_path: Path) -> None:
@@ -454,29 +484,6 @@ def test_no_space_left(run: Run, adapter: Path, tmp_path: Path, monkeypatch: pyt
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
-def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """Nor does another, which comes while what was written is removed."""
-    adapter = write_adapter(tmp_path / "adapter")
-    code = (
-        "import os, shutil, signal, sys\n"
-        "from para_ext import cli\n"
-        "from para_ext.formats import output\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's children ignore it
-        "def again(*arguments, remove=shutil.rmtree, **more):\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    remove(*arguments, **more)\n"
-        "output._flush = lambda folder: os.kill(os.getpid(), signal.SIGINT)\n"
-        "shutil.rmtree = again\n"
-        f"sys.argv = ['para-ext', 'compress', {str(adapter)!r}, {str(tmp_path / 'small')!r}]\n"
-        "cli.main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert done.stderr == "para-ext: interrupted; nothing was left half-written\n"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
-
-
 # Names and paths that look like something else.
 
 
@@ -488,6 +495,26 @@ def test_brackets_in_names_and_paths_are_text(run: Run, tmp_path: Path) -> None:
     assert "q[/b]" in out
     assert run("verify", adapter, tmp_path / "o[/b]")[0] == 0
     assert "q[/b]" in run("inspect", adapter)[1]
+
+
+def test_names_cannot_steer_the_terminal(run: Run, tmp_path: Path) -> None:
+    """Line ends and escapes in names of modules, files and folders are spelt out in every table and refusal."""
+    pairs = [(name.replace("q_proj", "q\x1b[2J\n\u202e"), B, A) for name, B, A in factors()]
+    adapter = write_adapter(tmp_path / "a\x1b[1m", pairs, target_modules=["q\x1b[2J\n\u202e", "v_proj", "up"])
+    (adapter / "no\nte.bin").write_bytes(b"x")
+    small = tmp_path / "o\x1b[1m"
+    for words in (
+        ("inspect", adapter),
+        ("compress", adapter, small, "--keep", "0.5"),
+        ("compress", adapter, small),
+        ("verify", adapter, small),
+        ("inspect", tmp_path / "\x1b[1m"),
+        ("compress", adapter, small, "--overwrite", "--report", tmp_path / "\x1b[1m" / "r"),
+    ):
+        _, out, err = run(*words)
+        assert all(line.isprintable() for line in (out + err).splitlines())
+        assert r"\x1b[2J\n\u202e" in out or r"\x1b[1m" in err
+    assert r"Not copied: no\nte.bin." in run("compress", adapter, small, "--overwrite")[1]
 
 
 def test_output_without_utf8_is_no_traceback(adapter: Path, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,9 @@ from torch import Tensor
 import para_ext
 from para_ext import LoraFactors, ParaError
 from para_ext.arrays import as_tensor
-from para_ext.report import at_most, percent
+from para_ext.decomposition import Decomposition
+from para_ext.plan import Plan
+from para_ext.report import at_most, percent, relative_error
 
 
 def dense(folder: Path) -> dict[str, Tensor]:
@@ -287,6 +292,110 @@ def test_unknown_backend_device_and_target_are_refused(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ParaError, match="no CUDA device"):
             para_ext.decompose(adapter, device="cuda")
+
+
+def test_arguments_that_do_not_exist_are_refused_by_name(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    spectra = para_ext.decompose(adapter).spectra
+    layer: Any = torch.nn.Linear(8, 6)
+    layer.r, layer.lora_alpha, layer.scaling, layer.merged = 2, 2, 1.0, False
+    layer.lora_A, layer.lora_B = torch.nn.Parameter(torch.ones(2, 8)), torch.nn.Parameter(torch.ones(6, 2))
+    calls: list[Callable[..., Any]] = [
+        lambda **budget: para_ext.compress_adapter(adapter, tmp_path / "out", **budget),
+        lambda **budget: para_ext.compress_model(torch.nn.Sequential(layer), **budget),
+        lambda **budget: para_ext.predict(spectra, **budget),
+        spectra.plan,
+    ]
+    for call in calls:
+        with pytest.raises(ParaError, match=r"^'keeep' is no argument here: did you mean keep=\?$"):
+            call(keeep=0.5)
+        with pytest.raises(ParaError, match=r"^'foo' is no argument here: a budget is given like keep=0\.25$"):
+            call(foo=1, keep=0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_values_are_a_list_or_a_tuple_each_once(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    reports = para_ext.compress_adapter(adapter, tmp_path / "out", keep=(0.5, "25%"), target=("peft", "vllm"))
+    assert isinstance(reports, list)
+    assert [Path(str(r.output)).relative_to(tmp_path / "out").as_posix() for r in reports] == [
+        "peft/keep-0.5", "peft/keep-0.25", "vllm/keep-0.5", "vllm/keep-0.25",
+    ]  # fmt: skip
+    for wrong, message in (
+        ({"keep": []}, "keep is an empty list"),
+        ({"target": ()}, "target is an empty list"),
+        ({"target": [["peft"]]}, r"target \['peft'\] is unknown"),
+        ({"target": ["peft", "peft"]}, "target has 'peft' twice"),
+        ({"keep": (0.5, 0.5)}, "keep has 0.5 twice"),
+        ({"keep": [0.5, "50%"]}, "two outputs would be"),
+    ):
+        with pytest.raises(ParaError, match=message):
+            para_ext.compress_adapter(adapter, tmp_path / "no", **wrong)
+        with pytest.raises(ParaError, match=message):
+            para_ext.merge_adapters({adapter: 0.5, str(adapter): 0.5}, tmp_path / "no", **wrong)
+    assert not (tmp_path / "no").exists()
+
+
+def test_of_several_outputs_the_first_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though while one is written the next is truncated already, and refused."""
+    adapter = write_adapter(tmp_path / "adapter")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def truncated(
+        self: Decomposition, plan: Plan, *arguments: Any, truncate: Any = Decomposition.truncate_certified
+    ) -> Any:
+        if plan.value == 0.25:
+            raise ParaError("the second")
+        return truncate(self, plan, *arguments)
+
+    monkeypatch.setattr(Decomposition, "truncate_certified", truncated)
+    with pytest.raises(ParaError, match="the second"):
+        para_ext.compress_adapter(adapter, tmp_path / "one", keep=[0.5, 0.25])
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["keep-0.5"]
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ParaError, match="no space left"):
+        para_ext.compress_adapter(adapter, tmp_path / "two", keep=[0.5, 0.25])
+
+
+def test_a_module_that_is_dropped_is_off_by_its_norm(tmp_path: Path) -> None:
+    """By 1 of it and no more, whatever rounding its bound allows for; the bound itself keeps that."""
+    adapter = write_adapter(tmp_path / "adapter")
+    report = para_ext.compress_adapter(adapter, tmp_path / "small", total_rank=1)
+    measured = para_ext.verify(adapter, tmp_path / "small")
+    for modules in (report.modules, measured.modules):
+        dropped = [module for module in modules if not module.rank_after]
+        assert len(dropped) == 8
+        assert relative_error(dropped) == 1.0
+        assert all(module.error > module.norm for module in dropped)
+        assert 0 < relative_error([module for module in modules if module.rank_after]) < 1
+    assert 0 < report.relative_error < 1
+    assert 0 < measured.relative_error < 1
+
+
+def test_an_empty_path_is_not_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_adapter(tmp_path / "adapter"))
+    assert para_ext.decompose(".").factors
+    for call in (
+        lambda: para_ext.decompose(""),
+        lambda: para_ext.verify(".", ""),
+        lambda: para_ext.compress_adapter(".", tmp_path / "out", target="gguf", base=""),
+    ):
+        with pytest.raises(ParaError, match=r"^an empty path was given: name a folder or file$"):
+            call()
+
+
+def test_names_from_files_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    """In no refusal: each is a line of what can be printed."""
+    name = "q\x1b[2J\n\r\x00\u202e\x9b_proj"
+    B, A = torch.full((8, 2), torch.nan), torch.ones(2, 8)
+    with pytest.raises(ParaError) as refused:
+        para_ext.decompose([LoraFactors(name, B, A, 1.0)])
+    assert str(refused.value).startswith(r"module 'q\x1b[2J\n\r\x00\u202e\x9b_proj': ")
+    assert str(refused.value).isprintable()
+    with pytest.raises(ParaError, match=r"'a\\nb' does not exist"):
+        para_ext.decompose(tmp_path.relative_to(tmp_path) / "a\nb")
 
 
 def test_importing_para_ext_imports_nothing_heavy() -> None:

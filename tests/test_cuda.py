@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,6 +275,20 @@ def test_asking_for_it_without_a_gpu_is_refused(tmp_path: Path) -> None:
             ask()
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_why_it_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not built is no reason of an importer's; built and not loadable is one."""
+    monkeypatch.setitem(sys.modules, "para_ext._cuda", None)
+    monkeypatch.delattr(para_ext, "_cuda", raising=False)
+    remedy = "reinstall with nvcc and PARA_EXT_CUDA=ON, or use backend='cpu'"
+    with pytest.raises(ParaError) as refused:
+        decomposition.cuda_backend(required=True)
+    assert str(refused.value) == f"the CUDA kernels are not installed; {remedy}"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ParaError) as refused:
+        decomposition.cuda_backend(required=True)
+    assert re.fullmatch(rf"the CUDA kernels are not installed \(.+\); {re.escape(remedy)}", str(refused.value))
 
 
 # --- the native module -----------------------------------------------------------------------------------------------

@@ -133,9 +133,9 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, home: Path, local: Path) -> 
     hub.refused = {"user/gated": (403, "GatedRepo"), "user/broken": (403, "")}
     for name, words in {
         "user/gated": "is gated on the Hugging Face Hub: ask for access",
-        "user/missing": "is neither on this disk nor a repository on the Hugging Face Hub",
+        "user/missing": "does not exist here, and no such repository can be seen on the Hugging Face Hub",
         "user/empty": "has no tensor file at its top",
-        "user/broken": "is not on this disk and could not be fetched from the Hugging Face Hub (HfHubHTTPError: 403",
+        "user/broken": "does not exist here and could not be fetched from the Hugging Face Hub (HfHubHTTPError: 403",
     }.items():
         code, out, err = run(home, "inspect", name, hub=hub)
         assert (code, out, err.count("\n")) == (1, "", 1)
@@ -145,7 +145,7 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, home: Path, local: Path) -> 
 def test_without_a_network_it_is_one_line(home: Path) -> None:
     code, _, err = run(home, "inspect", "user/adapter")
     assert (code, err.count("\n")) == (1, 1)
-    assert "'user/adapter' is neither on this disk nor in the Hub's cache, and HF_HUB_OFFLINE is set" in err
+    assert "'user/adapter' exists neither here nor in the Hub's cache, and HF_HUB_OFFLINE is set" in err
     code, _, err = run(home, "inspect", "user/adapter", hub=Hub(url="http://127.0.0.1:9"))
     assert (code, err.count("\n")) == (1, 1)
     assert "could not be fetched" in err and "check the network" in err
@@ -181,6 +181,27 @@ def test_what_is_on_the_disk_goes_first(hub: Hub, home: Path, local: Path, tmp_p
     write_adapter(tmp_path / "user" / "adapter", factors(seed=1))
     assert run(home, "inspect", "user/adapter", hub=hub, cwd=tmp_path)[0] == 0
     assert hub.asked == []
+
+
+def test_a_mistyped_path_is_not_asked_for(hub: Hub, home: Path, local: Path, tmp_path: Path) -> None:
+    """Where its folder is here; with a revision it is an id even so."""
+    hub.repositories["user/adapter"] = {"main": files_of(local)}
+    (tmp_path / "user").mkdir()
+    code, _, err = run(home, "inspect", "user/adapter", hub=hub, cwd=tmp_path)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "'user/adapter' does not exist, but the folder 'user' does" in err and "user/adapter@main" in err
+    assert hub.asked == []
+    assert run(home, "inspect", "user/adapter@main", hub=hub, cwd=tmp_path)[0] == 0
+
+
+def test_a_part_of_a_folder_is_refused_by_its_id(hub: Hub, home: Path, local: Path) -> None:
+    hub.repositories["user/adapter"] = {"main": files_of(local)}
+    code, _, err = run(home, "inspect", f"user/adapter/{WEIGHTS}@main", hub=hub)
+    assert code == 1
+    assert (
+        f"'user/adapter/{WEIGHTS}@main' is the tensor file of an adapter: give its repository, user/adapter@main\n"
+        in err
+    )
 
 
 def test_names_that_lead_out_are_not_fetched(hub: Hub, home: Path, local: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Signals and progress, on real processes with an adapter of 134 MB: nothing half-written stays behind."""
+"""Signals and progress, on real processes, most with an adapter of 134 MB: nothing half-written stays behind."""
 
 from __future__ import annotations
 
@@ -117,6 +117,28 @@ def test_a_signal_leaves_nothing_behind(compressing: OnTerminal, tmp_path: Path,
         assert read_adapter(tmp_path / "deep" / "small").slots
         left = [path for path in left if not path.is_relative_to(tmp_path / "deep" / "small")][1:]
     assert left == []  # not even the folder that was made for the output
+
+
+def test_a_second_one_does_not_disturb_the_cleaning_up(tmp_path: Path) -> None:
+    """It comes while what was written is removed."""
+    adapter = write_adapter(tmp_path / "adapter")
+    code = (
+        "import os, shutil, signal, sys\n"
+        "from para_ext import cli\n"
+        "from para_ext.formats import output\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's children ignore it
+        "def again(*arguments, remove=shutil.rmtree, **more):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    remove(*arguments, **more)\n"
+        "output._flush = lambda folder: os.kill(os.getpid(), signal.SIGINT)\n"
+        "shutil.rmtree = again\n"
+        f"sys.argv = ['para-ext', 'compress', {str(adapter)!r}, {str(tmp_path / 'small')!r}]\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "para-ext: interrupted; nothing was left half-written\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
 
 def test_it_comes_while_bytes_are_written(compressing: OnTerminal, tmp_path: Path) -> None:

@@ -655,7 +655,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ParaError, match=r"spectra\.json cannot be written, No space left"):
+    with pytest.raises(ParaError, match=r"spectra\.json' cannot be written, No space left"):
         spectra_of(module("a", 1)).save(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -730,7 +730,7 @@ def test_corrupted_files_are_refused_by_file_and_field(
     file = tmp_path / "spectra.json"
     Spectra(modules, layout_for(modules)).save(file)
     file.write_text(json.dumps(changed(json.loads(file.read_text()), path, value)))
-    with pytest.raises(ParaError, match=r"spectra\.json is not as .*" + re.escape(message)):
+    with pytest.raises(ParaError, match=r"spectra\.json' is not as .*" + re.escape(message)):
         Spectra.load(file)
 
 
@@ -738,7 +738,7 @@ def test_corrupted_files_are_refused_by_file_and_field(
 def test_files_that_are_not_json_are_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "spectra.json"
     file.write_bytes(content)
-    with pytest.raises(ParaError, match=r"spectra\.json is not JSON"):
+    with pytest.raises(ParaError, match=r"spectra\.json' is not JSON"):
         Spectra.load(file)
 
 

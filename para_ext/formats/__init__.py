@@ -76,23 +76,27 @@ def read_adapter(source: str | Path) -> Adapter[Any]:
             return read_peft(path)
         inside = sorted(folder.name for folder in path.iterdir() if (folder / CONFIG).is_file())
         if not files and inside:
-            raise ParaError(f"'{path}' holds several adapters: give one of them, such as '{path / inside[0]}'")
+            raise ParaError(f"'{source}' holds several adapters: give one of them, such as '{path / inside[0]}'")
         if not files:
-            raise ParaError(f"'{path}' holds no tensor file: give the folder or file that the adapter was saved in")
+            raise ParaError(f"'{source}' holds no tensor file: give the folder or file that the adapter was saved in")
         if len(files) > 1:
-            raise ParaError(f"'{path}' holds {len(files)} tensor files, such as '{files[0].name}': give one of them")
+            raise ParaError(f"'{source}' holds {len(files)} tensor files, such as '{files[0].name}': give one of them")
         return read_keyed(path, files[0])
     if path.suffix == ".gguf" and path.is_file():
-        raise ParaError(f"'{path}' is a GGUF file, which is written here but not read: give the adapter it was made of")
+        raise ParaError(
+            f"'{source}' is a GGUF file, which is written here but not read: give the adapter it was made of"
+        )
     if not path.is_file():
-        raise ParaError(f"'{path}' does not exist: give the folder or file that the adapter was saved in")
+        raise ParaError(f"'{source}' does not exist: give the folder or file that the adapter was saved in")
     if path.suffix not in _SUFFIXES:
-        raise ParaError(f"'{path}' is not a tensor file: give the folder or file that the adapter was saved in")
+        raise ParaError(f"'{source}' is not a tensor file: give the folder or file that the adapter was saved in")
+    on_hub = path != Path(source)
+    whole = f"its repository, {str(source).replace(f'/{path.name}', '')}" if on_hub else f"its folder, '{path.parent}'"
     if is_mlx(path.parent):
-        raise ParaError(f"'{path}' is the tensor file of an adapter: give its folder, '{path.parent}'")
+        raise ParaError(f"'{source}' is the tensor file of an adapter: give {whole}")
     beside = path.parent / CONFIG
     if beside.is_file() and "peft_type" in read_json(beside):
         if path.name in (WEIGHTS, PICKLED):
-            raise ParaError(f"'{path}' is the tensor file of an adapter: give its folder, '{path.parent}'")
+            raise ParaError(f"'{source}' is the tensor file of an adapter: give {whole}")
         return read_peft(path.parent, path)
     return read_keyed(path, path)

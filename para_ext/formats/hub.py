@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ParaError
+from ..errors import ParaError, first_line
 from .adapter import FILE_SUFFIXES
-from .tensors import first_line
 
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _FILE = rf"\w[^/\\:@]*(?:{'|'.join(map(re.escape, FILE_SUFFIXES))})"
@@ -32,36 +31,44 @@ def located(source: str | Path, needed: Needed) -> Path:
     """Where it lies: ``source`` itself, or, of a str that is nothing on the disk but an id, the folder in the cache.
 
     Raises:
-        ParaError: huggingface_hub is not installed, or the Hub doesn't give the files.
+        ParaError: it is empty, huggingface_hub is not installed, or the Hub doesn't give the files.
     """
+    if source == "":
+        raise ParaError("an empty path was given: name a folder or file")  # to pathlib it would be where we are
     if isinstance(source, Path) or os.path.lexists(source):
         return Path(source)
     found = _ID.fullmatch(source)
     if found is None or ".." in source or source.endswith(".json"):
         return Path(source)
+    repository, file, revision = found["repository"], found["file"], found["revision"]
+    folder = Path(repository).parent
+    if revision is None and folder.is_dir():  # a mistyped path looks like an id
+        raise ParaError(
+            f"'{source}' does not exist, but the folder '{folder}' does: give a path that exists, or for an id on the "
+            f"Hugging Face Hub a revision too, such as {source}@main"
+        )
     try:
         import huggingface_hub as hub
     except ImportError as e:
         raise ParaError(
             f"'{source}' does not exist; if it is an id on the Hugging Face Hub: pip install 'para_ext[hub]'"
         ) from e
-    repository, file, revision = found["repository"], found["file"], found["revision"]
     try:
         try:
             info = hub.HfApi().model_info(repository, revision=revision, timeout=_SECONDS)
         except Exception:  # no network, or no access: perhaps it was fetched before
-            folder = _cached(hub, repository, revision)
-            if folder is None:
+            place = _cached(hub, repository, revision)
+            if place is None:
                 raise
         else:
             names = [sibling.rfilename for sibling in info.siblings or []]
             wanted = needed(source, [name for name in names if re.fullmatch(r"[^./\\:][^/\\:]*", name)], file)
-            folder = _fetched(hub, repository, revision, wanted)
+            place = _fetched(hub, repository, revision, wanted)
     except ParaError:
         raise
     except Exception as e:  # by version and network stack it may be nearly anything
         raise ParaError(_refusal(hub, source, e)) from e
-    return folder / file if file else folder
+    return place / file if file else place
 
 
 def _fetched(hub: Any, repository: str, revision: str | None, names: Sequence[str]) -> Path:
@@ -90,13 +97,13 @@ def _refusal(hub: Any, source: str, error: Exception) -> str:
         )
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return (
-            f"'{source}' is neither on this disk nor a repository on the Hugging Face Hub that can be seen: check the "
-            "name, and for a private one set HF_TOKEN"
+            f"'{source}' does not exist here, and no such repository can be seen on the Hugging Face Hub: check the "
+            "path or the id, and for a private one set HF_TOKEN"
         )
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"'{source}' is neither on this disk nor in the Hub's cache, and HF_HUB_OFFLINE is set: unset it"
+        return f"'{source}' exists neither here nor in the Hub's cache, and HF_HUB_OFFLINE is set: unset it"
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     return (
-        f"'{source}' is not on this disk and could not be fetched from the Hugging Face Hub ({type(cause).__name__}: "
+        f"'{source}' does not exist here and could not be fetched from the Hugging Face Hub ({type(cause).__name__}: "
         f"{first_line(cause)}): check the network, or give a folder"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ParaError
+from ..errors import ParaError, shown
 from ..progress import Progress
 from . import names
 from .adapter import Adapter, Slot
@@ -52,8 +52,8 @@ def housed(adapter: Adapter[Any], target: str | None, wish: Wish) -> Adapter[Any
     """
     if target is None:
         return adapter
-    if target not in TARGETS:
-        raise ParaError(f"target '{target}' is unknown; use one of {', '.join(TARGETS)}")
+    if not isinstance(target, str) or target not in TARGETS:
+        raise ParaError(f"target {shown(target)} is unknown; use one of {', '.join(TARGETS)}")
     return TARGETS[target](adapter, wish)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..arrays import NUMPY, Array, as_numpy, code_of, dtype_name, holds_data
-from ..errors import ParaError
+from ..errors import ParaError, first_line
 from .mapped import SafetensorError, read_safetensors
 
 if TYPE_CHECKING:
@@ -127,7 +127,3 @@ def check_file(path: Path) -> None:
         raise ParaError(f"'{path}' is empty: download or save it again")
     if start == _LFS:
         raise ParaError(f"'{path}' is a Git LFS pointer, not the file itself: run 'git lfs pull'")
-
-
-def first_line(e: Exception) -> str:
-    return str(e).splitlines()[0][:160] if str(e) else type(e).__name__
