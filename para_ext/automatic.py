@@ -10,6 +10,7 @@ import numpy as np
 from .arrays import dtype_name
 from .errors import ParaError
 from .layout import DTYPE_BITS
+from .plan import Infeasible
 from .spectra import Spectra
 
 UNIT_ROUNDOFFS = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
@@ -24,16 +25,21 @@ def automatic(name: str, spectra: Spectra) -> tuple[dict[str, Any], str]:
 
     Raises:
         ParaError: there is no such rule, or the spectra lack what it needs.
+        Infeasible: ΔW is zero.
     """
     if name not in AUTOMATIC:
         raise ParaError(f"auto={name!r:.40} is unknown: give {' or '.join(map(repr, AUTOMATIC))}")
-    if not spectra.energy:
-        raise ParaError("ΔW is zero in every module, so that there is no budget to choose: is this adapter trained?")
     return AUTOMATIC[name](spectra)
+
+
+def _check_trained(spectra: Spectra) -> None:
+    if not spectra.energy:
+        raise Infeasible("ΔW is zero in every module, so that there is no budget to choose: is this adapter trained?")
 
 
 def _knee(spectra: Spectra) -> tuple[dict[str, Any], str]:
     """Where the curve of energy over parameters is farthest above its chord (Kneedle, Satopää et al. 2011)."""
+    _check_trained(spectra)
     cost = np.concatenate([np.full(len(m.sigma), m.m + m.n) for m in spectra.modules])
     gain = np.concatenate(list(spectra.squares.values()))
     order = np.argsort(-gain / cost, kind="stable")
@@ -56,6 +62,7 @@ def _dtype(spectra: Spectra) -> tuple[dict[str, Any], str]:
             "auto='dtype' needs to know the type that factors are stored in, which no live model tells, nor do "
             "gguf and merged: give energy, such as energy=0.99999"
         )
+    _check_trained(spectra)
     code = max(codes & UNIT_ROUNDOFFS.keys(), key=lambda c: DTYPE_BITS[c])
     # Rounding moves each number by up to u of it, uniformly: by u/√3 of ‖B‖ and of ‖A‖, so by about u·√(2/3)·‖ΔW‖.
     part = 2 / 3 * UNIT_ROUNDOFFS[code] ** 2

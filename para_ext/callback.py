@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from .compress import check_compression, compress_model
 from .errors import ParaError, shown
-from .plan import plan
+from .plan import Infeasible, plan
 from .report import Report
+from .rewriting import planned
 from .spectra import Spectra
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ try:
 except ImportError:  # so that `from para_ext import *` works without it
     _Base = None
 
-_PLANS = set(signature(plan).parameters) - {"spectra", "size"}
+_PLANS = {*signature(plan).parameters, "auto"} - {"spectra", "size"}
 _ARGUMENTS = {*signature(compress_model).parameters, *_PLANS} - {"model", "optimizer", "budget"}
 _LOGGER = logging.getLogger("para_ext")
 
@@ -70,7 +72,8 @@ class ParaCallback(_Base or object):  # type: ignore[misc]
             for name in chosen.keys() - _ARGUMENTS:
                 raise ParaError(f"ParaCallback: '{name}' is no argument of compress_model; one is keep=0.5")
             # Without modules every budget is met: what is refused are the values.
-            Spectra(()).plan(**{name: value for name, value in chosen.items() if name in _PLANS})
+            with suppress(Infeasible):
+                planned({name: value for name, value in chosen.items() if name in _PLANS}, Spectra(()))
         self.steps = {step: dict(chosen) for step, chosen in sorted((steps or {}).items())}
         self.budget = budget if budget or not self.steps else None
         self.reports: dict[int | str, Report] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, Union, overload
 
 from .decomposition import Decomposition, checked_threads, on_device
-from .errors import ParaError
+from .errors import ParaError, shown
 from .factors import LoraFactors
 from .formats import read_adapter
 from .formats.flux import parts
@@ -20,7 +20,7 @@ from .formats.names import matched
 from .plan import Infeasible
 from .progress import Progress
 from .report import Report, reported
-from .rewriting import HEADER_TEXT, Job, budgets, choose, everything, given, rewrite, several
+from .rewriting import HEADER_TEXT, Job, budgets, everything, given, planned, rewrite, several
 from .spectra import Spectra
 from .verification import Verification, compare
 
@@ -108,9 +108,9 @@ def compress_model(
             of σ on that one, so that the other's rows or columns are orthonormal.
         backend, threads: as for :func:`decompose`.
         **budget: at most one of ``energy=0.95`` (the default), ``keep=0.25``, ``params=10**6``, ``total_rank=500``,
-            ``threshold=0.1``, ``rank=8``; with ``score="auto"|"sigma"|"density"`` and shaping by ``min_rank``,
-            ``max_rank``, ``multiple_of``, ``allowed_ranks``, ``uniform``. Meaning: ``help(para_ext.plan.plan)``.
-            With shaping and no budget, everything that the shaping allows is kept.
+            ``threshold=0.1``, ``rank=8``, ``auto="knee"``; with ``score="auto"|"sigma"|"density"`` and shaping by
+            ``min_rank``, ``max_rank``, ``multiple_of``, ``allowed_ranks``, ``uniform``. Meaning:
+            ``help(para_ext.plan.plan)``. With shaping and no budget, everything that the shaping allows is kept.
 
     Raises:
         ParaError: the model, the optimizer or the budget is refused, naming what and why.
@@ -118,13 +118,13 @@ def compress_model(
     start = time.perf_counter()
     live, along = _opened(model, adapter_name, optimizer)
     decomposition = Decomposition(live.factors, backend, threads)
-    plan = decomposition.spectra.plan(**budget)
+    plan, notes = planned(budget, decomposition.spectra)
     new = decomposition.truncate_certified(plan, dtype, balance=balance)
     report = reported(
         decomposition.spectra, plan, new, source=type(model).__name__, start=start, decomposition=decomposition
     )
     live.replace(decomposition.named(new), along)
-    return report
+    return replace(report, notes=(*notes, *report.notes))
 
 
 def check_compression(
@@ -146,7 +146,7 @@ def check_compression(
     live, _ = _opened(model, adapter_name, optimizer)
     decomposition = Decomposition(live.factors, backend, threads)
     with suppress(Infeasible):
-        decomposition.spectra.plan(**budget)
+        planned(budget, decomposition.spectra)
     decomposition.truncate_certified({f.name: 0 for f in live.factors}, dtype, balance=balance)
 
 
@@ -229,7 +229,7 @@ def compress_adapter(
 def convert_adapter(
     source: str | Path,
     out: str | Path,
-    target: str,
+    target: str | None,
     *,
     base: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
@@ -245,6 +245,8 @@ def convert_adapter(
     Raises:
         ParaError: refused, naming what and why; nothing was written.
     """
+    if target is not None and not isinstance(target, str):
+        raise ParaError(f"target is {shown(target)}: give one, as text, such as 'vllm'")
     job = Job(target, base, dtype, overwrite, threads=threads, progress=progress)
     return rewrite(read_adapter(source), str(source), Path(out), everything, job)[0]
 
@@ -307,8 +309,7 @@ def predict(spectra: Spectra, source: str = "", **budget: Any) -> Report:
         ParaError: the budget is refused.
     """
     start = time.perf_counter()
-    chosen, notes = choose(budget, spectra)
-    plan = spectra.plan(**chosen)
+    plan, notes = planned(budget, spectra)
     report = reported(spectra, plan, None, source=source, start=start)
     size = spectra.layout.bytes(plan.ranks) if spectra.layout else None
     return replace(report, bytes_after=size, notes=(*notes, *report.notes))

@@ -119,6 +119,12 @@ def choose(budget: dict[str, Any], spectra: Spectra) -> tuple[dict[str, Any], tu
     return {**rest, **found}, (reason,)
 
 
+def planned(budget: dict[str, Any], spectra: Spectra) -> tuple[Plan, tuple[str, ...]]:
+    """The plan for a budget, and why it is that one where ``auto`` chose it."""
+    chosen, notes = choose(budget, spectra)
+    return spectra.plan(**chosen), notes
+
+
 def everything(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
     """The plan that truncates nothing."""
     plan = spectra.plan(**(adapter.shaping or {"keep": 1.0}))
@@ -128,7 +134,7 @@ def everything(spectra: Spectra, adapter: Adapter[Any]) -> list[_Planned]:
                 f"module '{module.name}' has rank {module.rank}, but this target takes at most "
                 f"{plan.ranks[module.name]}: compress with that target"
             )
-    return [_Planned("", plan, truncates=False)]
+    return [_Planned("", replace(plan, threshold=None), truncates=False)]
 
 
 @dataclass(frozen=True)

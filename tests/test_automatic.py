@@ -54,6 +54,21 @@ def test_refusals(tmp_path: Path) -> None:
         automatic("dtype", spectra)
     with pytest.raises(ParaError, match="ΔW is zero"):
         automatic("knee", Spectra((ModuleSpectrum("a", 4, 4, 1, (0.0,)),)))
+    with pytest.raises(ParaError, match="needs to know the type"):
+        automatic("dtype", Spectra(()))
     adapter = write_adapter(tmp_path / "a", factors())
     with pytest.raises(ParaError, match="auto and keep are given together"):
         para_ext.compress_adapter(adapter, tmp_path / "b", auto="knee", keep=0.5)
+
+
+def test_a_live_model_by_its_knee() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.lora_alpha, self.scaling = 4, 4, 1.0
+            self.lora_A = torch.nn.Parameter(torch.randn(4, 9) * torch.tensor([[9.0], [1.0], [0.1], [0.1]]))
+            self.lora_B = torch.nn.Parameter(torch.randn(8, 4))
+
+    report = para_ext.compress_model(torch.nn.ModuleDict({"a": Layer()}), auto="knee")
+    assert 0 < report.ranks["a"] < 4
+    assert "knee" in report.notes[0]

@@ -422,6 +422,9 @@ def test_what_a_schedule_cannot_go_with_is_refused(tmp_path: Path) -> None:
         ({"rank": 4, "keep": 0.5}, "keep and rank are given together"),
         ({"threshold": -1}, "threshold=-1 is out of range"),
         ({"min_rank": 4, "max_rank": 2}, "min_rank=4 is above 2"),
+        ({"auto": "elbow"}, "auto='elbow' is unknown"),
+        ({"auto": "dtype"}, "auto='dtype' needs to know the type"),
+        ({"auto": "knee", "keep": 0.5}, "auto and keep are given together"),
     ],
 )
 def test_a_wrong_value_is_refused_at_once(budget: dict[str, Any], message: str) -> None:
@@ -475,7 +478,7 @@ def test_a_model_without_lora_stops_before_training(tmp_path: Path) -> None:
     "budget",
     [
         {"threshold": 1e-9}, {"params": 10**9}, {"energy": 0.9}, {"sv_ratio": 10},
-        {"layer_energy": 0.5}, {"energy": 0.2, "max_rank": 1}, {"dtype": "float16"},
+        {"layer_energy": 0.5}, {"energy": 0.2, "max_rank": 1}, {"dtype": "float16"}, {"auto": "knee"},
     ],
     ids=str,
 )  # fmt: skip

@@ -56,7 +56,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_a_new_folder_and_its_parents(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "a" / "b"
-    write_folder(out, fill("new"), overwrite=False, source=source)
+    write_folder(out, fill("new"), overwrite=False, sources=[source])
     assert content(out) == "new"
     assert names_in(out.parent) == ["b"]
     assert content(source) == "source"
@@ -70,7 +70,7 @@ def test_permissions_are_those_of_the_umask(tmp_path: Path, source: Path) -> Non
 
     before = os.umask(0o027)
     try:
-        write_folder(tmp_path / "out", tensors, overwrite=False, source=source)
+        write_folder(tmp_path / "out", tensors, overwrite=False, sources=[source])
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
@@ -79,16 +79,16 @@ def test_permissions_are_those_of_the_umask(tmp_path: Path, source: Path) -> Non
 
 def test_an_existing_folder_is_refused_or_replaced(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "out"
-    write_folder(out, fill("old"), overwrite=False, source=source)
+    write_folder(out, fill("old"), overwrite=False, sources=[source])
     with pytest.raises(ParaError, match="exists: give a new folder, or overwrite=True"):
-        write_folder(out, fill("new"), overwrite=False, source=source)
+        write_folder(out, fill("new"), overwrite=False, sources=[source])
     assert content(out) == "old"
-    write_folder(out, fill("new"), overwrite=True, source=source)
+    write_folder(out, fill("new"), overwrite=True, sources=[source])
     assert names_in(out) == [*sorted(ADAPTER), "para_ext.json"]
     assert json.loads((out / "para_ext.json").read_text())["said"] == "new"
     assert names_in(tmp_path) == ["adapter", "out"]
     (tmp_path / "empty").mkdir()
-    write_folder(tmp_path / "empty", fill("new"), overwrite=True, source=source)
+    write_folder(tmp_path / "empty", fill("new"), overwrite=True, sources=[source])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_an_existing_folder_is_refused_or_replaced(tmp_path: Path, source: Path)
 )
 def test_overwrite_keeps_what_it_did_not_write(tmp_path: Path, source: Path, extra: str) -> None:
     out = tmp_path / "out"
-    write_folder(out, fill("old"), overwrite=False, source=source)
+    write_folder(out, fill("old"), overwrite=False, sources=[source])
     name = extra.split(" ")[0].rstrip("/")
     if extra.endswith("/"):
         (out / name).mkdir()
@@ -105,7 +105,7 @@ def test_overwrite_keeps_what_it_did_not_write(tmp_path: Path, source: Path, ext
     else:
         (out / name).write_text("precious")
     with pytest.raises(ParaError, match=f"also holds {name}.*move that away"):
-        write_folder(out, fill("new"), overwrite=True, source=source)
+        write_folder(out, fill("new"), overwrite=True, sources=[source])
     assert content(out) == "old"
     assert (out / name).exists()
 
@@ -114,7 +114,7 @@ def test_overwrite_keeps_what_it_did_not_write(tmp_path: Path, source: Path, ext
 @pytest.mark.parametrize("change", ["other", "longer", "link"])
 def test_overwrite_keeps_what_was_changed(tmp_path: Path, source: Path, name: str, change: str) -> None:
     out = tmp_path / "out"
-    write_folder(out, fill("old"), overwrite=False, source=source)
+    write_folder(out, fill("old"), overwrite=False, sources=[source])
     file = out / name
     if change == "link":
         file.rename(tmp_path / "moved")
@@ -123,7 +123,7 @@ def test_overwrite_keeps_what_was_changed(tmp_path: Path, source: Path, name: st
         file.write_text("odl" if change == "other" else "old, retrained")
     before = file.read_text()
     with pytest.raises(ParaError, match=rf"{name}(?s:.*)does not replace it"):
-        write_folder(out, fill("new"), overwrite=True, source=source)
+        write_folder(out, fill("new"), overwrite=True, sources=[source])
     assert file.read_text() == before
 
 
@@ -134,20 +134,20 @@ def test_overwrite_replaces_only_what_para_ext_wrote(tmp_path: Path, source: Pat
         if record is not None:
             (tmp_path / "notes" / "para_ext.json").write_text(record)
         with pytest.raises(ParaError, match="was not written by para-ext"):
-            write_folder(tmp_path / "notes", fill("new"), overwrite=True, source=source)
+            write_folder(tmp_path / "notes", fill("new"), overwrite=True, sources=[source])
     for files in ("{}", '{"thesis": {}}', '{"thesis": null}', '{"thesis": {"bytes": 8, "start_sha256": "0"}}'):
         (tmp_path / "notes" / "para_ext.json").write_text(f'{{"files": {files}}}')
         with pytest.raises(ParaError, match="does not replace it"):
-            write_folder(tmp_path / "notes", fill("new"), overwrite=True, source=source)
+            write_folder(tmp_path / "notes", fill("new"), overwrite=True, sources=[source])
     assert (tmp_path / "notes" / "thesis").read_text() == "precious"
     (tmp_path / "file").write_text("")
     with pytest.raises(ParaError, match="is not a folder"):
-        write_folder(tmp_path / "file", fill("new"), overwrite=True, source=source)
+        write_folder(tmp_path / "file", fill("new"), overwrite=True, sources=[source])
     other = tmp_path / "other"
-    write_folder(other, fill("old"), overwrite=False, source=source)
+    write_folder(other, fill("old"), overwrite=False, sources=[source])
     (tmp_path / "link").symlink_to(other)
     with pytest.raises(ParaError, match="is not a folder"):
-        write_folder(tmp_path / "link", fill("new"), overwrite=True, source=source)
+        write_folder(tmp_path / "link", fill("new"), overwrite=True, sources=[source])
     assert content(other) == "old"
 
 
@@ -158,39 +158,39 @@ def test_a_file_is_compared_whole_but_for_tensors(tmp_path: Path, source: Path) 
         (folder / "tokenizer.json").write_bytes(bytes(3 << 20))
         return fill("old")(folder)
 
-    write_folder(out, write, overwrite=False, source=source)
+    write_folder(out, write, overwrite=False, sources=[source])
     with (out / "tokenizer.json").open("r+b") as file:
         file.seek(2 << 20)
         file.write(b"mine")
     with pytest.raises(ParaError, match=r"tokenizer\.json has been changed since"):
-        write_folder(out, fill("new"), overwrite=True, source=source)
+        write_folder(out, fill("new"), overwrite=True, sources=[source])
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
 @pytest.mark.parametrize("name", ["para_ext.json", ADAPTER[0]])
 def test_a_pipe_is_not_read(tmp_path: Path, source: Path, name: str) -> None:
     out = tmp_path / "out"
-    write_folder(out, fill("old"), overwrite=False, source=source)
+    write_folder(out, fill("old"), overwrite=False, sources=[source])
     (out / name).unlink()
     os.mkfifo(out / name)
     with pytest.raises(ParaError, match="does not replace it"):
-        write_folder(out, fill("new"), overwrite=True, source=source)
+        write_folder(out, fill("new"), overwrite=True, sources=[source])
 
 
 def test_names_that_are_long_or_no_names(tmp_path: Path, source: Path) -> None:
     for name in ("名" * 84, "🦙" * 62, "x" * 255):
         for _ in range(2):
-            write_folder(tmp_path / name, fill("new"), overwrite=True, source=source)
+            write_folder(tmp_path / name, fill("new"), overwrite=True, sources=[source])
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name in ("loop/x", "x\0y"):
         with pytest.raises(ParaError, match=r"is no path that a file can have|could not be (written|read)"):
-            write_folder(tmp_path / name, fill("new"), overwrite=False, source=source)
+            write_folder(tmp_path / name, fill("new"), overwrite=False, sources=[source])
 
 
 def test_what_cannot_be_put_back_is_named(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another writer comes between the two renames, while what was there turns out to be someone's."""
     out = tmp_path / "out"
-    write_folder(out, fill("old"), overwrite=False, source=source)
+    write_folder(out, fill("old"), overwrite=False, sources=[source])
     rename = Path.rename
 
     def raced(self: Path, target: Path) -> Path:
@@ -204,7 +204,7 @@ def test_what_cannot_be_put_back_is_named(tmp_path: Path, source: Path, monkeypa
 
     monkeypatch.setattr(Path, "rename", raced)
     with pytest.raises(ParaError, match=r"is another one now, and what it held before is at '(.*)'") as refusal:
-        write_folder(out, fill("new"), overwrite=True, source=source)
+        write_folder(out, fill("new"), overwrite=True, sources=[source])
     kept = Path(str(refusal.value).split("is at '")[1].split("'")[0])
     assert (kept / "mine").read_text() == "precious"
     assert content(kept) == "old"
@@ -212,7 +212,7 @@ def test_what_cannot_be_put_back_is_named(tmp_path: Path, source: Path, monkeypa
 
 def test_an_interrupt_while_the_old_version_goes(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    write_folder(out, fill("old"), overwrite=False, source=source)
+    write_folder(out, fill("old"), overwrite=False, sources=[source])
     rmtree, calls = shutil.rmtree, 0
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
@@ -224,7 +224,7 @@ def test_an_interrupt_while_the_old_version_goes(tmp_path: Path, source: Path, m
 
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_folder(out, fill("new"), overwrite=True, source=source)
+        write_folder(out, fill("new"), overwrite=True, sources=[source])
     assert content(out) == "new"
     assert names_in(tmp_path) == ["adapter", "out"]
 
@@ -234,14 +234,14 @@ def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path: Path, source
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "base" / "config.json"))
 
     with pytest.raises(ParaError, match=r"config\.json' could not be read"):
-        write_folder(tmp_path / "out", write, overwrite=False, source=source)
+        write_folder(tmp_path / "out", write, overwrite=False, sources=[source])
 
 
 @pytest.mark.parametrize(("before", "overwrite"), [(False, False), (False, True), (True, True)])
 def test_what_comes_while_it_is_written_is_kept(tmp_path: Path, source: Path, before: bool, overwrite: bool) -> None:
     out = tmp_path / "out"
     if before:
-        write_folder(out, fill("old"), overwrite=False, source=source)
+        write_folder(out, fill("old"), overwrite=False, sources=[source])
 
     def write(folder: Path) -> dict[str, Any]:
         out.mkdir(exist_ok=True)
@@ -249,7 +249,7 @@ def test_what_comes_while_it_is_written_is_kept(tmp_path: Path, source: Path, be
         return fill("new")(folder)
 
     with pytest.raises(ParaError):
-        write_folder(out, write, overwrite=overwrite, source=source)
+        write_folder(out, write, overwrite=overwrite, sources=[source])
     assert (out / "mine").read_text() == "precious"
     if before:
         assert content(out) == "old"
@@ -265,7 +265,7 @@ def test_a_file_that_comes_while_one_is_written_is_kept(tmp_path: Path, source: 
         out.write_text("precious")
 
     with pytest.raises(ParaError, match=r"exists|was not written by para-ext"):
-        write_file(out, "x", write, overwrite=overwrite, source=source)
+        write_file(out, "x", write, overwrite=overwrite, sources=[source])
     assert out.read_text() == "precious"
     assert names_in(tmp_path) == ["adapter", "out.safetensors"]
 
@@ -284,7 +284,7 @@ def test_a_file_that_comes_while_one_is_written_is_kept(tmp_path: Path, source: 
 def test_out_is_apart_from_the_adapter(tmp_path: Path, source: Path, out: str, words: str) -> None:
     (tmp_path / "link").symlink_to(source)
     with pytest.raises(ParaError, match=words):
-        write_folder(tmp_path / out, fill("new"), overwrite=True, source=source)
+        write_folder(tmp_path / out, fill("new"), overwrite=True, sources=[source])
     assert content(source) == "source"
     assert names_in(source) == sorted(ADAPTER)
 
@@ -312,9 +312,9 @@ def failing_at(step: int, fail: Callable[[], None], monkeypatch: pytest.MonkeyPa
 
 def steps_of_an_overwrite(tmp_path: Path, source: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        write_folder(tmp_path / "count", fill("old"), overwrite=False, source=source)
+        write_folder(tmp_path / "count", fill("old"), overwrite=False, sources=[source])
         calls = failing_at(0, lambda: None, patch)
-        write_folder(tmp_path / "count", fill("new"), overwrite=True, source=source)
+        write_folder(tmp_path / "count", fill("new"), overwrite=True, sources=[source])
     assert {"mkdir", "rename", "fsync", "rmdir"} <= set(calls)
     return len(calls)
 
@@ -326,11 +326,11 @@ def test_a_failure_at_any_step_changes_nothing(tmp_path: Path, source: Path, cod
 
     for step in range(1, steps_of_an_overwrite(tmp_path, source) + 1):
         out = tmp_path / str(step) / "out"
-        write_folder(out, fill("old"), overwrite=False, source=source)
+        write_folder(out, fill("old"), overwrite=False, sources=[source])
         with pytest.MonkeyPatch.context() as patch:
             calls = failing_at(step, fail, patch)
             with pytest.raises(ParaError) as refusal:
-                write_folder(out, fill("new"), overwrite=True, source=source)
+                write_folder(out, fill("new"), overwrite=True, sources=[source])
             failed = calls[step - 1]
         if failed in ("rmdir", "unlink"):  # of the old version, when the new one is in place
             assert "is written" in str(refusal.value)
@@ -345,12 +345,12 @@ def test_a_failure_at_any_step_changes_nothing(tmp_path: Path, source: Path, cod
 def test_a_crash_at_any_step_leaves_one_whole_version(tmp_path: Path, source: Path) -> None:
     for step in range(1, steps_of_an_overwrite(tmp_path, source) + 1):
         out = tmp_path / str(step) / "out"
-        write_folder(out, fill("old"), overwrite=False, source=source)
+        write_folder(out, fill("old"), overwrite=False, sources=[source])
         child = os.fork()
         if child == 0:
             with pytest.MonkeyPatch.context() as patch:
                 failing_at(step, lambda: os._exit(3), patch)
-                write_folder(out, fill("new"), overwrite=True, source=source)
+                write_folder(out, fill("new"), overwrite=True, sources=[source])
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
         folders = list(out.parent.iterdir())
@@ -364,7 +364,7 @@ def test_a_failing_writer_leaves_nothing(tmp_path: Path, source: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "a" / "out", write, overwrite=False, source=source)
+        write_folder(tmp_path / "a" / "out", write, overwrite=False, sources=[source])
     assert names_in(tmp_path) == ["adapter"]
 
 
@@ -381,7 +381,7 @@ def test_errors_of_the_safetensors_library(
 
     monkeypatch.setattr(output, "save_file", save_file)
     with pytest.raises(ParaError, match="no space left.*free some" if code == errno.ENOSPC else os.strerror(code)):
-        write_folder(tmp_path / "out", write, overwrite=False, source=source)
+        write_folder(tmp_path / "out", write, overwrite=False, sources=[source])
     assert names_in(tmp_path) == ["adapter"]
 
 
@@ -426,7 +426,7 @@ def test_an_interrupt_right_after_a_rename_leaves_one_version(
     source = tmp_path / "source"
     source.mkdir()
     out = tmp_path / "out"
-    write_folder(out, fill("old"), overwrite=False, source=source)
+    write_folder(out, fill("old"), overwrite=False, sources=[source])
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     rename, calls = Path.rename, 0
 
@@ -440,7 +440,7 @@ def test_an_interrupt_right_after_a_rename_leaves_one_version(
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_folder(out, fill("new"), overwrite=True, source=source)
+        write_folder(out, fill("new"), overwrite=True, sources=[source])
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
@@ -448,7 +448,7 @@ def test_an_interrupt_right_after_a_rename_leaves_one_version(
 def test_dots_in_the_path_make_no_folder(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    write_folder(tmp_path / "nope" / ".." / "out", fill("x"), overwrite=False, source=source)
+    write_folder(tmp_path / "nope" / ".." / "out", fill("x"), overwrite=False, sources=[source])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 

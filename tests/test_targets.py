@@ -72,6 +72,15 @@ def test_convert(tmp_path: Path, make: Source, target: str | None) -> None:
     assert norm(dense(tmp_path / "out")) == pytest.approx(norm(dense(source)), rel=rounding)
 
 
+def test_convert_is_for_one_target(tmp_path: Path) -> None:
+    """And cuts nothing, so that it tells of no threshold."""
+    source = peft_folder(tmp_path / "source")
+    with pytest.raises(ParaError, match="give one, as text"):
+        para_ext.convert_adapter(source, tmp_path / "out", ["peft", "vllm"])  # type: ignore[arg-type]
+    report = para_ext.convert_adapter(source, tmp_path / "out", "peft")
+    assert report.plan.threshold is None and "threshold" not in report.summary()
+
+
 @matrix
 @pytest.mark.parametrize("keep", [0.5, 0.2])
 def test_compress_and_its_certificate(tmp_path: Path, make: Source, target: str | None, keep: float) -> None:

@@ -200,8 +200,7 @@ class Adapter(ABC, Generic[AnySlot]):
     def check_out(self, out: Path, *, overwrite: bool) -> None:
         """Refuse an output that :meth:`write` would refuse, before any work."""
         self.check_name(out)
-        for source in (self.path, *self.others):
-            check_out(out, overwrite=overwrite, source=source, file=self.as_file(out))
+        check_out(out, overwrite=overwrite, sources=self._sources, file=self.as_file(out))
 
     def write(
         self,
@@ -242,10 +241,14 @@ class Adapter(ABC, Generic[AnySlot]):
             return sidecar(filled)
 
         if single:
-            write_file(out, self.tensor_file, fill, overwrite=overwrite, source=self.path)
+            write_file(out, self.tensor_file, fill, overwrite=overwrite, sources=self._sources)
         else:
-            write_folder(out, fill, overwrite=overwrite, source=self.path)
+            write_folder(out, fill, overwrite=overwrite, sources=self._sources)
         return Written(size, left_out, filled)
+
+    @property
+    def _sources(self) -> tuple[Path, ...]:
+        return self.path, *self.others
 
     def ranks(self, ranks: Mapping[str, int]) -> list[int]:
         """The rank of each slot's members; if all are 0, then 1 for the first slot and what shares its rank."""

@@ -44,7 +44,9 @@ _ALONG = (
 )  # fmt: skip
 
 
-def write_folder(out: Path, write: Callable[[Path], Mapping[str, Any]], *, overwrite: bool, source: Path) -> None:
+def write_folder(
+    out: Path, write: Callable[[Path], Mapping[str, Any]], *, overwrite: bool, sources: Sequence[Path]
+) -> None:
     """Let ``write`` fill a new folder beside ``out``, flush it to disk, and give it the name ``out``.
 
     An interrupted call leaves one whole version: ``out`` itself, or, between two renames, the hidden folders
@@ -54,15 +56,15 @@ def write_folder(out: Path, write: Callable[[Path], Mapping[str, Any]], *, overw
         out: the folder to make; missing parents are made too.
         write: fills the folder it is given, and returns what para_ext.json says; a record of the files is added.
         overwrite: replace ``out`` if every file in it is as this function wrote it, by that record.
-        source: the adapter that is read; ``out`` may not be it, lie in it or hold it.
+        sources: what is read; ``out`` may not be one of them, lie in one or hold one.
 
     Raises:
         ParaError: refused, or it could not be written; then nothing has changed.
     """
     if ".." in out.parts:
         out = out.resolve()  # "a/../b" must not make a
-    with _one_line(out, source):
-        check_out(out, overwrite=overwrite, source=source)
+    with _one_line(out):
+        check_out(out, overwrite=overwrite, sources=sources)
         with _parents(out), _temporary(out) as (new, old):
             said = write(new)
             write_json(new / SIDECAR, {**said, "files": {path.name: _identity(path) for path in sorted(new.iterdir())}})
@@ -84,25 +86,28 @@ def write_folder(out: Path, write: Callable[[Path], Mapping[str, Any]], *, overw
             _remove_old(out, old)
 
 
-def write_file(out: Path, name: str, write: Callable[[Path], object], *, overwrite: bool, source: Path) -> None:
+def write_file(
+    out: Path, name: str, write: Callable[[Path], object], *, overwrite: bool, sources: Sequence[Path]
+) -> None:
     """As :func:`write_folder` for a single file: ``write`` makes it under ``name`` in the folder it is given."""
     if ".." in out.parts:
         out = out.resolve()
-    with _one_line(out, source):
-        check_out(out, overwrite=overwrite, source=source, file=True)
+    with _one_line(out):
+        check_out(out, overwrite=overwrite, sources=sources, file=True)
         with _parents(out), _temporary(out) as (new, _):
             write(new)
             _flush(new)
-            check_out(out, overwrite=overwrite, source=source, file=True)
+            check_out(out, overwrite=overwrite, sources=sources, file=True)
             (new / name).replace(out)
             _flush_folder(out.parent)
             new.rmdir()
 
 
-def check_out(out: Path, *, overwrite: bool, source: Path, file: bool = False) -> None:
-    """Refuse to write ``out`` where that would touch the source, or replace what may not be (see `write_folder`)."""
-    with _one_line(out, source):
-        _check_apart(out, source)
+def check_out(out: Path, *, overwrite: bool, sources: Sequence[Path], file: bool = False) -> None:
+    """Refuse to write ``out`` where that would touch a source, or replace what may not be (see `write_folder`)."""
+    with _one_line(out):
+        for source in sources:
+            _check_apart(out, source)
         if not os.path.lexists(out):
             return
         if file:
@@ -277,7 +282,7 @@ def _recorded(sidecar: Path) -> Mapping[str, Any]:
 
 
 @contextlib.contextmanager
-def _one_line(out: Path, source: Path) -> Iterator[None]:
+def _one_line(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
