@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import para_ext
 from para_ext.errors import ParaError
+from para_ext.formats.base import BaseModel
 from para_ext.report import Report
 
 peft = pytest.importorskip("peft")
@@ -233,7 +234,7 @@ TIED = {
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("kind", TIED)
-def test_merged_refuses_one_side_of_tied_weights(tmp_path: Path, kind: str) -> None:
+def test_merged_refuses_one_side_of_tied_weights(tmp_path: Path, kind: str, known: bool) -> None:
     """The other side would change too, whatever the model calls it."""
     saved, settings, targets = TIED[kind]
     config = getattr(transformers, f"{kind}Config")(vocab_size=48, **settings)
@@ -268,6 +269,40 @@ def test_merged_takes_both_sides_of_tied_weights(
     errors = {module.name: module.error for module in report.modules}
     if saved is None:
         assert errors["lm_head"] == pytest.approx(errors["model.embed_tokens"], rel=0.01) != 0
+
+
+@pytest.fixture(params=[True, False], ids=["known", "unknown"])
+def known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether transformers knows the model; where it doesn't, names and config.json must tell."""
+    if not request.param:
+        monkeypatch.setattr(BaseModel, "_model", None)
+    return bool(request.param)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ensured", [False, True])
+@pytest.mark.parametrize("saved", [None, ["embed_tokens"], ["lm_head"]], ids=str)
+def test_merged_embeddings_of_models_known_or_not(
+    tmp_path: Path, known: bool, tied: bool, ensured: bool, saved: list[str] | None
+) -> None:
+    if ensured and not (tied and saved != ["lm_head"]):
+        pytest.skip("nothing that PEFT could tie")
+    torch.manual_seed(0)
+    settings = TIED["Llama"][1] | {"tie_word_embeddings": tied}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=48, **settings)).eval()
+    base.save_pretrained(tmp_path / "base")
+    options = {"ensure_weight_tying": True} if ensured else {}
+    targets = ["q_proj"] if saved else ["q_proj", "embed_tokens"]
+    tuned = _adapted(base, tmp_path / "adapter", target_modules=targets, modules_to_save=saved, **options)
+    if tied and not ensured:
+        with pytest.raises(ParaError, match="are one weight in the base"):
+            para_ext.convert_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=tmp_path / "base")
+        return
+    para_ext.convert_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=tmp_path / "base")
+    made = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    inputs = {"input_ids": torch.randint(1, 48, (2, 8))}
+    assert relative_error(logits(made, inputs), logits(tuned, inputs)) <= 1e-5
 
 
 def test_merged_takes_both_sides_where_both_are_stored(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ class _Weights:
         if not (self._base.tied or self._base.config.get("is_encoder_decoder")) or not self._is_embedding(name, shape):
             return []
         others = [key for key, t in self.tensors.items() if key != name and self._is_embedding(key, t.shape)]
-        return others or ["the output layer"]
+        return others or ["lm_head.weight"]  # what most call the output layer
 
     def _is_embedding(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether it is an input or output embedding, by its name or size."""
