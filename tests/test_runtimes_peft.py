@@ -305,6 +305,17 @@ def test_merged_embeddings_of_models_known_or_not(
     assert relative_error(logits(made, inputs), logits(tuned, inputs)) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_merged_into_a_base_without_its_head(tmp_path: Path) -> None:
+    """Loaded with a head, as the adapter's model was, it shares the embedding."""
+    settings = TIED["Llama"][1]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=48, **settings))
+    model.model.save_pretrained(tmp_path / "base")
+    _adapted(model, tmp_path / "adapter", target_modules=["embed_tokens"])
+    with pytest.raises(ParaError, match="are one weight in the base"):
+        para_ext.convert_adapter(tmp_path / "adapter", tmp_path / "out", "merged", base=tmp_path / "base")
+
+
 def test_merged_takes_both_sides_where_both_are_stored(tmp_path: Path) -> None:
     """As some tied models' files have it; transformers would part them if only one were changed."""
     _, settings, _ = TIED["Llama"]

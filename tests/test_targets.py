@@ -333,6 +333,20 @@ def test_a_base_that_cannot_be_the_adapters_is_refused(tmp_path: Path, base: Pat
             para_ext.compress_adapter(source, tmp_path / f"out{'.gguf' * (target == 'gguf')}", target=target, base=base)
 
 
+@pytest.mark.parametrize("target", ["uniform", "mlx", "gguf", "merged"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_no_base_is_written_to(tmp_path: Path, base: Path, target: str, inside: bool) -> None:
+    """Though it may be a model that para_ext merged, which could be replaced by another one."""
+    if target == "gguf":
+        pytest.importorskip("gguf", reason="it writes and reads the format")
+    source = peft_folder(tmp_path / "source")
+    para_ext.convert_adapter(source, tmp_path / "mine", "merged", base=base)
+    out = tmp_path / "mine" / "new" if inside else tmp_path / "mine"
+    with pytest.raises(ParaError, match="lies inside" if inside else "is what is read"):
+        para_ext.compress_adapter(source, out, target=target, base=tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "config.json").is_file()
+
+
 def test_a_base_that_nothing_reads_is_refused(tmp_path: Path, base: Path) -> None:
     source = peft_folder(tmp_path / "source")
     with pytest.raises(ParaError, match="base is read for gguf, merged, mlx, uniform only"):

@@ -92,8 +92,8 @@ class BaseModel:
         Raises:
             ParaError: there are no safetensors files, or the index names one that is not beside it.
         """
-        index = self.folder / _INDEX
-        if index.is_file():
+        index, whole = self.folder / _INDEX, self.folder / _ONE_FILE
+        if index.is_file() and not whole.is_file():  # transformers loads the one file where there are both
             shards = read_json(index).get("weight_map")
             named = isinstance(shards, dict) and all(isinstance(file, str) for file in shards.values())
             if not named or not isinstance(shards, dict):
@@ -102,7 +102,6 @@ class BaseModel:
                 if Path(file).name != file or not (self.folder / file).is_file():
                     raise ParaError(f"'{index}' names {file!r:.100}, which is no file beside it: download it")
             return shards
-        whole = self.folder / _ONE_FILE
         if not whole.is_file():
             raise ParaError(
                 f"'{self.folder}' holds neither {_ONE_FILE} nor {_INDEX}: save the base model as safetensors"
@@ -124,18 +123,26 @@ class BaseModel:
             import torch
             import transformers
 
+            if any(type(n) is int and n > MOST_LAYERS for key, n in self.config.items() if "layer" in key):
+                return None
             config = transformers.AutoConfig.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=False
             )
+            kind = getattr(transformers, config.architectures[0])
+            if not issubclass(kind, transformers.PreTrainedModel):
+                return None
             with torch.device("meta"):
-                return getattr(transformers, config.architectures[0])(config)
+                return kind(config)
         except Exception:  # not installed, older, or no model of transformers
             return None
 
     @cached_property
     def shared(self) -> Sequence[Collection[str]] | None:
         """Names in transformers of parameters that are one weight there, weight by weight; None if it can't tell."""
+        # What a model without a head is loaded into may have one, which shares the embedding.
         if self._model is None:
+            return None
+        if type(self._model).__name__.endswith("Model") and self._model.get_output_embeddings() is None:
             return None
         names: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self._model.named_parameters(remove_duplicate=False):

@@ -238,9 +238,9 @@ class _Weights:
         """Whether it is an input or output embedding, by its name or size."""
         parts = name.split(".")
         named = parts[-1] == "weight" and parts[-2:-1] and parts[-2] in _EMBEDDINGS
-        return bool(named) or (
-            len(shape) == 2 and _outside_layers(name) and self._base.config.get("vocab_size") in shape
-        )
+        vocabulary = self._base.config.get("vocab_size")
+        sized = len(shape) == 2 and vocabulary in shape and vocabulary != 1  # 1: of a model without tokens
+        return bool(named) or (sized and _outside_layers(name))
 
     def _candidates(self, name: str) -> list[str]:
         """What it may be called in the base: models with heads may call their body otherwise, or not at all."""
@@ -251,7 +251,8 @@ class _Weights:
 
 
 def _outside_layers(name: str) -> bool:
-    return not any(part.isdigit() for part in name.split("."))
+    """Whether it may be an embedding or a head; some models number theirs, too."""
+    return not any(part.isdigit() for part in name.split(".")) or "embed" in name or "head" in name
 
 
 def _check_twins(held: Mapping[str, NDArray[Any]], adapted: Mapping[str, PeftSlot], weights: _Weights) -> None:

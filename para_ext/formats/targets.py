@@ -54,7 +54,10 @@ def housed(adapter: Adapter[Any], target: str | None, wish: Wish) -> Adapter[Any
         return adapter
     if not isinstance(target, str) or target not in TARGETS:
         raise ParaError(f"target {shown(target)} is unknown; use one of {', '.join(TARGETS)}")
-    return TARGETS[target](adapter, wish)
+    for_target = TARGETS[target](adapter, wish)
+    if wish.base is None or not Path(wish.base).exists():
+        return for_target
+    return replace(for_target, others=(*for_target.others, Path(wish.base)))
 
 
 def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
