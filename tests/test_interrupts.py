@@ -119,23 +119,30 @@ def test_a_signal_leaves_nothing_behind(compressing: OnTerminal, tmp_path: Path,
     assert left == []  # not even the folder that was made for the output
 
 
-def test_a_second_one_does_not_disturb_the_cleaning_up(tmp_path: Path) -> None:
-    """It comes while what was written is removed."""
+def compress_after(tmp_path: Path, lines: str) -> subprocess.CompletedProcess[str]:
+    """In a process that runs these lines first; a signal comes when what was written is flushed."""
     adapter = write_adapter(tmp_path / "adapter")
     code = (
-        "import os, shutil, signal, sys\n"
+        f"import os, shutil, signal, sys\n{lines}"
         "from para_ext import cli\n"
         "from para_ext.formats import output\n"
+        "output._flush = lambda folder: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.argv = ['para-ext', 'compress', {str(adapter)!r}, {str(tmp_path / 'small')!r}]\n"
+        "cli.main()\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_a_second_one_does_not_disturb_the_cleaning_up(tmp_path: Path) -> None:
+    """It comes while what was written is removed."""
+    done = compress_after(
+        tmp_path,
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's children ignore it
         "def again(*arguments, remove=shutil.rmtree, **more):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    remove(*arguments, **more)\n"
-        "output._flush = lambda folder: os.kill(os.getpid(), signal.SIGINT)\n"
-        "shutil.rmtree = again\n"
-        f"sys.argv = ['para-ext', 'compress', {str(adapter)!r}, {str(tmp_path / 'small')!r}]\n"
-        "cli.main()\n"
+        "shutil.rmtree = again\n",
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr == "para-ext: interrupted; nothing was left half-written\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
@@ -162,17 +169,7 @@ def test_a_signal_while_measuring(big: Path) -> None:
 
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     """As that of a job in the background."""
-    adapter = write_adapter(tmp_path / "adapter")
-    code = (
-        "import os, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from para_ext import cli, formats\n"
-        "from para_ext.formats import output\n"
-        "output._flush = lambda folder: os.kill(os.getpid(), signal.SIGINT)\n"
-        f"sys.argv = ['para-ext', 'compress', {str(adapter)!r}, {str(tmp_path / 'small')!r}]\n"
-        "cli.main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = compress_after(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)\n")
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -139,9 +139,9 @@ class BaseModel:
     @cached_property
     def shared(self) -> Sequence[Collection[str]] | None:
         """Names in transformers of parameters that are one weight there, weight by weight; None if it can't tell."""
-        # What a model without a head is loaded into may have one, which shares the embedding.
         if self._model is None:
             return None
+        # What a model without a head is loaded into may have one, which shares the embedding.
         if type(self._model).__name__.endswith("Model") and self._model.get_output_embeddings() is None:
             return None
         names: dict[int, list[str]] = defaultdict(list)

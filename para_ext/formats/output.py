@@ -63,8 +63,8 @@ def write_folder(
     """
     if ".." in out.parts:
         out = out.resolve()  # "a/../b" must not make a
+    check_out(out, overwrite=overwrite, sources=sources)
     with _one_line(out):
-        check_out(out, overwrite=overwrite, sources=sources)
         with _parents(out), _temporary(out) as (new, old):
             said = write(new)
             write_json(new / SIDECAR, {**said, "files": {path.name: _identity(path) for path in sorted(new.iterdir())}})
@@ -92,15 +92,14 @@ def write_file(
     """As :func:`write_folder` for a single file: ``write`` makes it under ``name`` in the folder it is given."""
     if ".." in out.parts:
         out = out.resolve()
-    with _one_line(out):
+    check_out(out, overwrite=overwrite, sources=sources, file=True)
+    with _one_line(out), _parents(out), _temporary(out) as (new, _):
+        write(new)
+        _flush(new)
         check_out(out, overwrite=overwrite, sources=sources, file=True)
-        with _parents(out), _temporary(out) as (new, _):
-            write(new)
-            _flush(new)
-            check_out(out, overwrite=overwrite, sources=sources, file=True)
-            (new / name).replace(out)
-            _flush_folder(out.parent)
-            new.rmdir()
+        (new / name).replace(out)
+        _flush_folder(out.parent)
+        new.rmdir()
 
 
 def check_out(out: Path, *, overwrite: bool, sources: Sequence[Path], file: bool = False) -> None:
