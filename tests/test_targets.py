@@ -334,17 +334,23 @@ def test_a_base_that_cannot_be_the_adapters_is_refused(tmp_path: Path, base: Pat
 
 
 @pytest.mark.parametrize("target", ["uniform", "mlx", "gguf", "merged"])
-@pytest.mark.parametrize("inside", [False, True])
-def test_no_base_is_written_to(tmp_path: Path, base: Path, target: str, inside: bool) -> None:
+@pytest.mark.parametrize("by_config", [False, True])
+def test_no_base_is_replaced(tmp_path: Path, base: Path, target: str, by_config: bool) -> None:
     """Though it may be a model that para_ext merged, which could be replaced by another one."""
     if target == "gguf":
         pytest.importorskip("gguf", reason="it writes and reads the format")
-    source = peft_folder(tmp_path / "source")
-    para_ext.convert_adapter(source, tmp_path / "mine", "merged", base=base)
-    out = tmp_path / "mine" / "new" if inside else tmp_path / "mine"
-    with pytest.raises(ParaError, match="lies inside" if inside else "is what is read"):
-        para_ext.compress_adapter(source, out, target=target, base=tmp_path / "mine", overwrite=True)
-    assert (tmp_path / "mine" / "config.json").is_file()
+    source, mine = peft_folder(tmp_path / "source"), tmp_path / "mine"
+    para_ext.convert_adapter(source, mine, "merged", base=base)
+    given = mine / "config.json" if by_config else mine
+    for out in (mine, tmp_path):
+        with pytest.raises(ParaError, match=r"is what is read|holds '.*', which is read"):
+            para_ext.compress_adapter(source, out, target=target, base=given, overwrite=True)
+    assert given.exists() and (mine / "model-0.safetensors").is_file()
+    if target == "merged":
+        with pytest.raises(ParaError, match="lies inside"):
+            para_ext.compress_adapter(source, mine / "new", target=target, base=given)
+    else:
+        para_ext.compress_adapter(source, mine / "new", target=target, base=given)
 
 
 def test_a_base_that_nothing_reads_is_refused(tmp_path: Path, base: Path) -> None:

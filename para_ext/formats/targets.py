@@ -57,7 +57,9 @@ def housed(adapter: Adapter[Any], target: str | None, wish: Wish) -> Adapter[Any
     for_target = TARGETS[target](adapter, wish)
     if wish.base is None or not Path(wish.base).exists():
         return for_target
-    return replace(for_target, others=(*for_target.others, Path(wish.base)))
+    # Of most targets this is all that is read of a base, so that an output may lie beside it, but not replace it.
+    config = Path(wish.base, "config.json") if Path(wish.base).is_dir() else Path(wish.base)
+    return replace(for_target, others=(*for_target.others, config))
 
 
 def as_peft(adapter: Adapter[Any], target: str = "peft") -> PeftAdapter:
